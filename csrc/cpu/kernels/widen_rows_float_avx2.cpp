@@ -1,0 +1,46 @@
+// wide[m,k] = f32(x[m,k]), or f32(x[m,k]) / divisor[k], for all m < rows, k < K; 0 for K <= k < ld_wide.
+//
+// The caller guarantees what kernel.h says of WidenRows. Fast because eight elements are widened at a time.
+#include "float_avx2.h"
+
+namespace {
+
+using qnb::WidenRowsArgs;
+
+template <class T, bool Divided>
+void widen_all(const WidenRowsArgs& args) {
+  const int64_t K = args.K;
+  for (int64_t m = 0; m < args.rows; ++m) {
+    float* to = args.wide + m * args.ld_wide;
+    int64_t k = 0;
+    for (; k + lanes <= K; k += lanes) {
+      _mm256_storeu_ps(to + k, load_divided<T, Divided>(args.x, m * K + k, args.divisor, k, lanes));
+    }
+    for (; k < args.ld_wide; k += lanes) {
+      const __m256 rest =
+          k < K ? load_divided<T, Divided>(args.x, m * K + k, args.divisor, k, K - k) : _mm256_setzero_ps();
+      F32::store(to, k, args.ld_wide - k, rest);
+    }
+  }
+}
+
+template <class T>
+void widen(const WidenRowsArgs& args) {
+  if (args.divisor == nullptr) return widen_all<T, false>(args);
+  return widen_all<T, true>(args);
+}
+
+void widen_rows(const WidenRowsArgs& args) {
+  switch (args.x_dtype) {
+    case QNB_F32:
+      return widen<F32>(args);
+    case QNB_BF16:
+      return widen<Bf16>(args);
+    default:
+      return widen<F16>(args);
+  }
+}
+
+}  // namespace
+
+QNB_KERNEL(widen_rows_float_avx2) = {.op = qnb::Op::widen_rows, .widen_rows = widen_rows};

@@ -1,0 +1,86 @@
+"""Which recipe a monitored model runs, and what users thought of the answers of each."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+from collections.abc import Mapping
+
+from torch import nn
+
+from qnb.errors import BadInput
+from qnb.measure.monitor_look import linear_layers
+from qnb.measure.monitor_report import RecipeVotes
+from qnb.model.linear import QLinear
+from qnb.model.swap import landed
+from qnb.results import one_line
+from qnb.schemes import How
+
+
+class Recipe:
+    """Which layer runs in what, as a fingerprint, and what users thought of it."""
+
+    def __init__(self, schemes: Mapping[str, tuple[str, How | None]]) -> None:
+        lines = "".join(f"{name} {scheme} {how!r}\n" for name, (scheme, how) in sorted(schemes.items()))
+        self.fingerprint = hashlib.blake2b(lines.encode(), digest_size=6).hexdigest()
+        counts = collections.Counter(scheme for scheme, _ in schemes.values())
+        self._words = ", ".join(f"{count} {scheme}" for scheme, count in counts.most_common())
+        self.passes = self.good = self.bad = 0
+
+    def votes(self) -> RecipeVotes:
+        """The counts of this moment."""
+        return RecipeVotes(self.fingerprint, self._words, self.passes, self.good, self.bad)
+
+
+class Recipes:
+    """Every recipe that the model ran since the start; `standing` is the one at present, `schemes` what is in it.
+
+    schemes  name of each linear layer -> its scheme, and how its codes were chosen; None for an original
+    """
+
+    def __init__(self) -> None:
+        self.standing: Recipe | None = None
+        self.schemes: dict[str, tuple[str, How | None]] = {}
+        self._known: dict[str, Recipe] = {}
+        self._changes = -1
+        self._layers: list[nn.Linear] = []
+
+    def now(self, inner: nn.Module, anew: bool = False) -> Recipe:
+        """The recipe that the model runs now; unless `anew`, made only where qnb has changed some model since.
+
+        What was changed in another way is seen with the next pass that is looked into, which asks `anew`.
+        """
+        changes = landed()
+        if not anew and self.standing is not None and changes == self._changes:
+            return self.standing
+        self._changes = changes
+        layers = linear_layers(inner)
+        self._layers = [layer for _, _, layer in layers.values()]
+        schemes = {path: _scheme(layer) for path, (_, _, layer) in layers.items()}
+        if self.standing is None or schemes != self.schemes:
+            self.schemes = schemes
+            made = Recipe(schemes)
+            self.standing = self._known.setdefault(made.fingerprint, made)
+        return self.standing
+
+    def layers(self) -> dict[nn.Linear, str]:
+        """The linear layers with their names, as `now` saw them last."""
+        return dict(zip(self._layers, self.schemes, strict=True))
+
+    def vote(self, asked: str, good: bool) -> None:
+        """Counts a vote; raises BadInput where no pass was made by a recipe of that fingerprint."""
+        answered = [r for r in self._known.values() if r.passes]
+        found = next((r for r in answered if r.fingerprint == asked), None)
+        if found is None:
+            names = ", ".join(r.fingerprint for r in answered) or "none yet"
+            raise BadInput(f"no answer came from recipe {one_line(repr(asked), 40)}: those that answered are {names}")
+        found.good += good
+        found.bad += not good
+
+    def votes(self) -> tuple[RecipeVotes, ...]:
+        """The counts of those that answered, in order of appearance."""
+        return tuple(r.votes() for r in self._known.values() if r.passes)
+
+
+def _scheme(layer: nn.Linear) -> tuple[str, How | None]:
+    return (layer.scheme, layer.variant.how) if isinstance(layer, QLinear) else ("none", None)

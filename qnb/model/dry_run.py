@@ -1,0 +1,294 @@
+"""`dry_run`: what `quantize` would make of a model, and whether that fits here. Nothing is changed or computed.
+
+Each layer's shape is taken through the very code that quantizes it, by tensors that have a shape and no values, so the
+bytes are those that will be held. It works for a model on the meta device, which has no values either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from qnb import rounding as roundings
+from qnb import schemes
+from qnb.env import available_bytes
+from qnb.errors import BadInput
+from qnb.model.experts import Stack
+from qnb.model.linear import LOOKUP, QLayer, held_storages
+from qnb.model.quantize import _KEEP, Report, Row, coverage_line
+from qnb.model.select import Site, choose, find_sites
+from qnb.model.variants import build, check_how, depends_on_inputs, refusal
+from qnb.results import Cell, Result, Table, format_bytes
+from qnb.rounding import Statistics
+from qnb.schemes import How, Scheme
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class DryRun(Result):
+    """What a model would become; a device's name is "cpu" for this machine's memory.
+
+    rows             what each linear layer would be, as in `Report`; coverage of how many weights
+    weight_bytes     what the model would hold, each storage once, and weight_bytes_before what it holds
+    original_bytes   what kept originals would hold apart, and original_bytes_before what they hold
+    needed_bytes     device -> what has to be had beside all that is held now, at the worst moment: originals are let go
+                     only once every layer has changed. A model on the meta device has to be loaded first.
+    available_bytes  device -> what can be had there now
+    fits             whether every device has what is needed
+    """
+
+    title: str
+    rows: Sequence[Row]
+    coverage: str
+    weight_bytes: int
+    weight_bytes_before: int
+    original_bytes: int
+    original_bytes_before: int
+    needed_bytes: Mapping[str, int]
+    available_bytes: Mapping[str, int]
+    fits: bool
+
+    def _tables(self) -> Sequence[Table]:
+        [layers] = Report(self.title, self.rows, self.coverage)._tables()
+        columns = ["then" if column == "now" else column for column in layers.columns]
+        layers = dataclasses.replace(layers, columns=columns, lead=[*layers.lead, *self._verdict()])
+        pairs = [
+            ("weights held", self.weight_bytes_before, self.weight_bytes),
+            ("kept originals", self.original_bytes_before, self.original_bytes),
+        ]
+        pairs.append(("together", sum(p[1] for p in pairs), sum(p[2] for p in pairs)))
+        memory = [(name, format_bytes(before), format_bytes(then)) for name, before, then in pairs]
+        return [layers, Table(("memory", "now", "then"), memory, numeric=frozenset({1, 2}))]
+
+    def _verdict(self) -> list[Cell]:
+        cells = []
+        for device, needed in self.needed_bytes.items():
+            free = self.available_bytes[device]
+            words = (
+                f"{format_bytes(needed)} more on {device} at the worst moment, where {format_bytes(free)} can be had"
+            )
+            fits = needed <= free
+            cells.append(Cell(f"{'fits' if fits else 'does not fit'}: {words}", "good" if fits else "bad"))
+        return cells
+
+
+def dry_run(
+    model: nn.Module,
+    scheme: str | Scheme,
+    *,
+    layers: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    rounding: str = "nearest",
+    observer: str = "minmax",
+    smooth: float | str | None = None,
+    calibration: object = None,
+    tokenizer: object = None,
+    seed: int = 0,
+    keep: str = "memory",
+) -> DryRun:
+    """What `quantize` with the same arguments would make of the model; changes nothing, and looks at no value.
+
+    Whether there is `calibration` decides what layers that share a weight share; into its texts nobody looks.
+
+    Works on a model on the meta device, which is taken as if it were to be loaded into this machine's memory. Raises
+    what `quantize` would raise, apart from `BadWeights`.
+    """
+    asked = schemes.find(scheme)
+    how = How(rounding, observer, smooth, seed)
+    check_how(how, asked)
+    if keep not in _KEEP:
+        raise BadInput(f"keep={keep!r} is unknown: use one of {', '.join(_KEEP)}")
+    model = getattr(model, "_orig_mod", model)  # behind torch.compile's wrapper
+    sites = find_sites(model)
+    reasons = choose(sites, layers, skip, refusal(asked, how))
+    by_inputs = asked.grid is not None and depends_on_inputs(asked, how, calibration is not None)
+    plan = _Plan(model, asked, how, by_inputs, keep)
+    for index, site in enumerate(sites):
+        plan.add(site, reasons[index])
+    rows = plan.rows()
+    weight_bytes, original_bytes = plan.held()
+    before = held_storages(model)
+    available = {device: available_bytes(device) for device in plan.needed}
+    return DryRun(
+        title=f"dry run: {plan.changes} linear layer{'' if plan.changes == 1 else 's'} would change to {asked.name}",
+        rows=tuple(rows),
+        coverage=coverage_line(model, rows, sites),
+        weight_bytes=weight_bytes,
+        weight_bytes_before=before[0],
+        original_bytes=original_bytes,
+        original_bytes_before=before[1],
+        needed_bytes=dict(plan.needed),
+        available_bytes=available,
+        fits=all(needed <= available[device] for device, needed in plan.needed.items()),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shell:
+    """What a layer of some shape would be in a scheme: bytes held, padding included, and the kernel that runs it."""
+
+    nbytes: int
+    kernel: str
+
+
+def shell_of(
+    scheme: Scheme,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    divided: bool = False,
+) -> Shell:
+    """The shell of a weight (N, K) of `dtype`; but for a divisor, how its codes are chosen changes no byte.
+
+    A scheme whose code looks at values, which tensors without values refuse, is run on random ones.
+    """
+    try:
+        with FakeTensorMode():
+            return _shell(scheme, torch.empty(shape, dtype=dtype, device=device), divided)
+    except DataDependentOutputException:
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return _shell(scheme, values.to(device, dtype), divided)
+
+
+def _shell(scheme: Scheme, weight: Tensor, divided: bool) -> Shell:
+    statistics = None
+    if scheme.calibrated or divided:
+        ones = weight.new_ones((1, weight.shape[1]), dtype=torch.float32)
+        statistics = Statistics(1, -ones, ones, ones[0], ones)
+    variant = build(weight, scheme, How(smooth=0.5 if divided else None), statistics)
+    return Shell(variant.nbytes, variant.kernel())
+
+
+class _Plan:
+    """What would change, a layer at a time."""
+
+    def __init__(self, model: nn.Module, scheme: Scheme, how: How, by_inputs: bool, keep: str) -> None:
+        self._model, self._scheme, self._how, self._keep = model, scheme, how, keep
+        self._by_inputs = by_inputs
+        self._divided = how.smooth is not None or (
+            scheme.grid is not None and roundings.find(how.rounding, scheme).divides
+        )
+        self._shells: dict[tuple, Shell] = {}
+        self._forth: dict[int, Shell] = {}  # id of the module that stands there now -> what takes its place
+        self._back: set[int] = set()
+        self._new: set[int] = set()  # ids of the weights that have got a variant
+        self._shared: set[int] = set()  # ids of modules whose weight lies in memory that something else uses as well
+        self._stacks: dict[int, Stack] = {}  # by the id of their blocks, those whose place their layers would take
+        self._rows: list[tuple[Site, Row]] = []
+        self.changes = 0
+        self.needed: Counter[str] = Counter()
+        lacking = {id(t): t.untyped_storage().nbytes() for t in _tensors(model) if t.is_meta}
+        self.needed["cpu"] = sum(lacking.values())
+
+    def add(self, site: Site, reason: str | None) -> None:
+        """Adds the row of a layer, which changes where there is no reason against it."""
+        layer, quantized = site.module, isinstance(site.module, QLayer)
+        if site.embedding and not quantized and reason is not None:
+            return
+        shape, dtype = site.shape, layer.dtype if quantized else layer.weight.dtype
+        if not site.alone:
+            self._shared.add(id(layer))
+        if reason is None and site.stack is not None and not site.stack.installed:
+            self._stacks[id(site.stack.layers.block)] = site.stack
+        size = shape[0] * shape[1] * dtype.itemsize
+        now = (layer.scheme, str(layer.variant.how), layer.kernel, layer.variant.nbytes) if quantized else None
+        if reason is None and self._scheme.grid is None:
+            now = self._put_back(site) if quantized else None
+        elif reason is None:
+            shell = self._quantize(site)
+            kernel = LOOKUP if site.embedding else shell.kernel
+            now = (self._scheme.name, str(self._how), kernel, shell.nbytes)
+        scheme, rounding, kernel, after = now or ("none", None, "torch", size)
+        skipped = None if now else reason or site.refused
+        self._rows.append((site, Row(site.name, shape, scheme, rounding, kernel, size, after, skipped)))
+
+    def rows(self) -> list[Row]:
+        """A row for each layer that was added, with what is to be said of weights that it shares."""
+        quantized = {row.name for _, row in self._rows if row.scheme != "none"}
+        rows = []
+        for site, row in self._rows:
+            stays = ", which stays as it was" if row.name in quantized and site.tied not in quantized else ""
+            rows.append(
+                row if site.tied is None else dataclasses.replace(row, note=f"weight tied to {site.tied}{stays}")
+            )
+        return rows
+
+    def held(self) -> tuple[int, int]:
+        """(weight_bytes, original_bytes) as `held_storages` would find them afterwards."""
+        weight: dict[object, int] = {}
+        original: dict[object, int] = {}
+        for module in self._modules():
+            own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+            shell = self._forth.get(id(module))
+            source = module.original if isinstance(module, QLayer) else module
+            if id(module) in self._back:
+                now = source.weight.dtype, source.weight.device
+                moved = module.on_disk or now != (module.dtype, module.device)
+                size = source.weight.numel() * module.dtype.itemsize
+                weight.update({id(source.weight): size} if moved else _storage(source.weight))
+            elif shell is not None:
+                own = [t for t in own if t is not module._parameters.get("weight")]
+                weight[self._holder(module, source.weight)] = shell.nbytes
+                if self._stays_in_memory(module):
+                    original.update(_storage(source.weight))
+            elif isinstance(module, QLayer):
+                own += module.variant.tensors().values()
+                if source is not None and not module.on_disk:
+                    original.update(_storage(source.weight))
+            for tensor in own:
+                weight.update(_storage(tensor))
+        return sum(weight.values()), sum(size for key, size in original.items() if key not in weight)
+
+    def _modules(self) -> Iterator[nn.Module]:
+        for module in self._model.modules():
+            stack = self._stacks.get(id(module))
+            yield from [module] if stack is None else stack.layers.modules()
+
+    def _quantize(self, site: Site) -> Shell:
+        layer = site.module
+        again = isinstance(layer, QLayer)
+        weight = layer.require_original(f"quantizing {site.name} again").weight if again else layer.weight
+        device = layer.device if again else torch.device("cpu") if weight.is_meta else weight.device
+        key = (site.shape, weight.dtype, device)
+        if key not in self._shells:
+            self._shells[key] = shell_of(self._scheme, *key, self._divided)
+        shell = self._forth[id(layer)] = self._shells[key]
+        self.changes += 1
+        holder = self._holder(layer, weight)
+        if holder not in self._new:
+            self._new.add(holder)
+            self.needed[str(device)] += shell.nbytes
+            if self._keep == "memory" and not again and device.type != "cpu" and site.alone:
+                self.needed["cpu"] += weight.nbytes
+        return shell
+
+    def _holder(self, layer: nn.Module, weight: Tensor) -> int:
+        """Who holds a variant: layers that share a weight share it too, unless it depends on their inputs."""
+        return id(layer if self._by_inputs else weight)
+
+    def _stays_in_memory(self, layer: nn.Module) -> bool:
+        """Whether the original of a layer that is quantized lies in memory afterwards."""
+        if isinstance(layer, QLayer) and layer.on_disk:
+            return False
+        return self._keep == "memory" or (self._keep == "disk" and id(layer) in self._shared)
+
+    def _put_back(self, site: Site) -> None:
+        layer = site.module
+        weight = layer.require_original(f"putting back {site.name}").weight
+        if layer.on_disk or weight.device != layer.device:
+            self.needed[str(layer.device)] += weight.numel() * layer.dtype.itemsize
+        self._back.add(id(layer))
+        self.changes += 1
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _storage(tensor: Tensor) -> dict[object, int]:
+    storage = tensor.untyped_storage()
+    return {(tensor.device, storage.data_ptr() or storage._cdata): storage.nbytes()}

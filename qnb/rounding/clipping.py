@@ -1,0 +1,46 @@
+"""The search for clipped ranges that several roundings share: smaller steps for most weights, saturation for a few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qnb.schemes.grid import Grid, Levels
+
+# Shares of each group's range. Above 1: a symmetric grid has a code more below zero than above, so that a group whose
+# widest weight is positive may want the step that puts this weight on the last code.
+FACTORS = (1.0, 1.06, 1.03, *(1 - i / 50 for i in range(1, 36)))
+
+
+def clipped(
+    weight: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    error: Callable[[Tensor], Tensor],
+) -> Levels:
+    """Levels for `weight` (N, K) whose ranges are scaled, each group by the factor of least error.
+
+    `error` takes what rounding changed, f32 (N, G, group), zeros filling a short last group, to an error (N, G). Groups
+    that share one scale are chosen for by their sum; of equal errors the first factor of FACTORS counts.
+    """
+    least = best = None
+    for factor in FACTORS:
+        levels = grid.fit(weight, dtype, clip=weight.new_full((), factor))
+        found = error(grouped(grid.values(grid.nearest(weight, levels), levels) - weight, levels.group))
+        if grid.group < 0:
+            found = found.sum().expand_as(found)
+        if least is None:
+            least, best = found, torch.full_like(found, factor)
+        else:
+            better = found < least
+            least, best = torch.where(better, found, least), best.masked_fill(better, factor)
+    return grid.fit(weight, dtype, clip=best)
+
+
+def grouped(values: Tensor, group: int) -> Tensor:
+    """(..., K) -> (..., G, group), with zeros in a short last group."""
+    padded = F.pad(values, (0, -values.shape[-1] % group))
+    return padded.view(*values.shape[:-1], -1, group)

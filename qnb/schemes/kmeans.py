@@ -1,0 +1,89 @@
+"""kmeans3, kmeans4: a codebook of 8 or 16 values learned for each layer, times a scale by group.
+
+Weights divided by their group's absmax are clustered in one dimension by Lloyd's algorithm (Lloyd 1982, "Least squares
+quantization in PCM"), each weighted with the square of its scale, so that the error of the weight itself is what
+shrinks; with calibration also with the mean square of its input, as in SqueezeLLM (Kim et al. 2023, arXiv:2306.07629).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from qnb.schemes import register
+from qnb.schemes.grid import Grid, Levels, nearest_in_table, scale_of
+from qnb.schemes.table import TableFamily
+
+# Lloyd's algorithm runs on a histogram: a bin is far narrower than a cluster, and the cost does not grow with the
+# layer.
+_BINS = 8192
+_ROUNDS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedGrid(Grid):
+    """A table of 2 ** bits values in [-1, 1] that is fitted to the weight, times absmax of the group."""
+
+    bits: int
+    group: int
+    learns = True
+
+    def fit(self, weight, dtype, *, clip=None, importance=None):
+        weight = weight.float()
+        k = weight.shape[1]
+        absmax = self._reduced(weight.abs(), torch.amax)
+        levels = Levels(scale_of(absmax if clip is None else absmax * clip, 1, dtype), dtype, self.group_of(k))
+        scale = levels.spread(levels.scale, slice(None), k)
+        scaled = (weight / scale.where(scale > 0, 1)).clamp_(-1, 1)
+        mass = (scale.square() if importance is None else scale.square() * importance).expand_as(scaled)
+        return dataclasses.replace(levels, table=cluster(scaled, mass, 2**self.bits))
+
+    def nearest(self, weight, levels, columns=slice(None), k=None):
+        return nearest_in_table(weight, levels, columns, weight.shape[1] if k is None else k)
+
+
+def cluster(values: Tensor, mass: Tensor, count: int) -> Tensor:
+    """`count` rising f32 centres in [-1, 1] for `values`, which lie there, weighted by `mass` of the same shape.
+
+    Deterministic: it starts from quantiles of the mass. Clusters that stay empty keep a place of their own.
+    """
+    edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64, device=values.device)
+    middle = (edges[1:] + edges[:-1]) / 2
+    bins = ((values.double() + 1) * (_BINS / 2)).long().clamp_(0, _BINS - 1).reshape(-1)
+    weight = torch.zeros(_BINS, dtype=torch.float64, device=values.device)
+    weight.index_add_(0, bins, mass.double().reshape(-1))
+    moment = torch.zeros_like(weight).index_add_(0, bins, (mass.double() * values.double()).reshape(-1))
+    if not weight.sum() > 0:
+        return torch.linspace(-1, 1, count, device=values.device)
+    share = weight.cumsum(0) / weight.sum()
+    wanted = (torch.arange(count, dtype=torch.float64, device=values.device) + 0.5) / count
+    centres = middle[torch.searchsorted(share, wanted).clamp_(max=_BINS - 1)]
+    for _ in range(_ROUNDS):
+        owner = torch.bucketize(middle, (centres[1:] + centres[:-1]) / 2)
+        total = torch.zeros_like(centres).index_add_(0, owner, weight)
+        sums = torch.zeros_like(centres).index_add_(0, owner, moment)
+        moved = torch.where(total > 0, sums / total.where(total > 0, 1), centres).sort().values
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres.float()
+
+
+class _KMeans(TableFamily):
+    @classmethod
+    def grid_of(cls, group: int) -> Grid:
+        return LearnedGrid(cls.bits, group)
+
+
+@register
+class KMeans4(_KMeans):
+    word, bits = "kmeans4", 4
+    usual = ("kmeans4-g64",)
+
+
+@register
+class KMeans3(_KMeans):
+    word, bits = "kmeans3", 3
+    usual = ("kmeans3-g64",)

@@ -1,0 +1,190 @@
+"""Mixtures of experts: their 3-D parameters run in schemes, expert by expert, and come back as the very objects."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import qnb
+from qnb.errors import BadInput, LayerRefused, NotQuantized, NotSaveable
+from qnb.model.experts import Experts
+from qnb.model.linear import held_storages, original_pass, quantized_layers
+from qnb.model.recipe import Recipe
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+IDS = torch.arange(24).reshape(2, 12)
+SIZES = {
+    "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def mixtral() -> nn.Module:
+    config = transformers.MixtralConfig(**SIZES, intermediate_size=96, num_local_experts=4)
+    return transformers.MixtralForCausalLM(config)
+
+
+def qwen() -> nn.Module:
+    config = transformers.Qwen3MoeConfig(
+        **SIZES, intermediate_size=64, moe_intermediate_size=96, num_experts=4, head_dim=32, decoder_sparse_step=1
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+@pytest.fixture(params=[mixtral, qwen])
+def model(request) -> nn.Module:
+    torch.manual_seed(0)
+    return request.param().eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def expected(block: nn.Module, variants: dict[str, object], x, index, weights) -> torch.Tensor:
+    """The block's definition in float64, over what the codes stand for."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token, (experts, shares) in enumerate(zip(index.tolist(), weights.double(), strict=True)):
+        for number, share in zip(experts, shares, strict=True):
+            gate_up, down = (
+                variants[f"{number}.{m}"].dequantize(torch.float32).double() for m in ("gate_up_proj", "down_proj")
+            )
+            gate, up = (gate_up @ x[token].double()).chunk(2)
+            out[token] += share * (down @ (nn.functional.silu(gate) * up))
+    return out
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g64", "w4a16-g32-asym"])
+def test_they_compute_what_their_codes_stand_for(model, scheme):
+    qnb.quantize(model, scheme)
+    name, layers = next((n, m) for n, m in model.named_modules() if isinstance(m, Experts))
+    variants = {n.removeprefix(f"{name}."): q.variant for n, q in quantized_layers(model).items() if n.startswith(name)}
+    assert len(variants) == 8 and {v.scheme.name for v in variants.values()} == {scheme}
+    torch.manual_seed(1)
+    x, index = torch.randn(7, 64), torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+    weights = torch.rand(7, 2)
+    with torch.no_grad():
+        got = layers(x, index, weights)
+    # Sums of 64 and 96 products in f32, whose error is far below that of any code.
+    torch.testing.assert_close(got.double(), expected(layers.block, variants, x, index, weights), rtol=1e-4, atol=1e-6)
+    dropped = torch.full_like(index, 4)  # what a router sends that drops a token
+    assert torch.equal(layers(x, dropped, weights), torch.zeros_like(x))
+
+
+def test_undo_gives_the_very_block_and_bits(model):
+    before, modules = logits(model), dict(model.named_modules())
+    qnb.quantize(model, "w8a16")
+    assert not torch.equal(logits(model), before)
+    with original_pass():
+        assert torch.equal(logits(model), before)
+    qnb.quantize(model, "w4a16-g64", layers="*.experts")
+    qnb.quantize(model, "none", layers="*.experts.1.*")
+    with original_pass():
+        assert torch.equal(logits(model), before)
+    qnb.restore(model)
+    assert all(module is modules[name] for name, module in model.named_modules())
+    assert torch.equal(logits(model), before)
+
+
+def test_the_last_expert_that_goes_back_brings_the_block_along(model):
+    block = model.model.layers[0].mlp.experts
+    qnb.quantize(model, "w8a16", layers=["model.layers.0.mlp.experts.2.down_proj"])
+    assert isinstance(model.model.layers[0].mlp.experts, Experts)
+    qnb.quantize(model, "none", layers=["model.layers.0.mlp.experts.2.down_proj"])
+    assert model.model.layers[0].mlp.experts is block
+
+
+def test_what_is_held_and_said(model):
+    experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    before, _ = held_storages(model)
+    foretold = qnb.dry_run(model, "w4a16-g64")
+    report = qnb.quantize(model, "w4a16-g64", progress=False)
+    assert (foretold.weight_bytes, foretold.original_bytes) == held_storages(model)
+    assert foretold.coverage == report.coverage and list(foretold.rows) == list(report.rows)
+    assert report.coverage.startswith("quantized 9") or report.coverage.startswith("quantized 100")
+    assert before - held_storages(model)[0] > 3 * experts  # of 4 bytes each
+    assert held_storages(model)[1] >= 4 * experts
+    qnb.quantize(model, "w4a16-g64", keep="none")
+    assert held_storages(model)[1] == 0
+    with pytest.raises(NotQuantized, match="keep"):
+        qnb.restore(model)
+
+
+def test_what_needs_calibration_leaves_them_alone(model):
+    report = qnb.quantize(model, "w8a8-static", calibration=[{"input_ids": IDS}])
+    assert report.coverage.startswith("Warning: quantized") and "Experts, 3-D;" in report.coverage
+    [said] = {row.skipped for row in report.rows if ".experts." in row.name}
+    assert "not calibrated" in said
+    with pytest.raises(LayerRefused, match="not calibrated"):
+        qnb.quantize(model, "w4a16-g64", rounding="gptq", layers="model.layers.0.mlp.experts.0.down_proj")
+
+
+def test_copies_state_dicts_types_and_gradients(model):
+    names = Recipe.of(model).provenance["model"]
+    qnb.quantize(model, "w8a16")
+    assert Recipe.of(model).provenance["model"] == names
+    y, state = logits(model), model.state_dict()
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), y)
+    twin.load_state_dict(state)
+    assert torch.equal(logits(twin), y)
+    qnb.restore(twin)
+    again = qnb.quantize(twin, Recipe.of(model))
+    assert torch.equal(logits(twin), y) and again.coverage == qnb.layers(model).coverage
+    inputs = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    model(inputs_embeds=inputs).logits.square().mean().backward()
+    assert inputs.grad.isfinite().all() and inputs.grad.abs().sum() > 0
+    model.half()
+    assert logits(model).dtype == torch.float16
+    with original_pass():  # the block itself is still of the other type
+        assert logits(model).dtype == torch.float16
+    qnb.restore(model)
+    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.float16
+
+
+def test_a_hook_on_the_block_runs_once(model):
+    calls = []
+    block = model.model.layers[0].mlp.experts
+    block.register_forward_hook(lambda *_: calls.append(1))
+    qnb.quantize(model, "w8a16")
+    logits(model)
+    with original_pass():
+        logits(model)
+    assert len(calls) == 2
+
+
+def test_a_panel_shows_the_other_layers(model):
+    pytest.importorskip("anywidget", reason="anywidget is not installed")
+    from qnb.notebook.panel.session import Session
+
+    qnb.quantize(model, "w8a16")
+    qnb.quantize(model, "w8a16", layers="model.embed_tokens")
+    session = Session(model)
+    assert [row.name for row in session.rows] == session.names
+    assert len(session.rows) == len(session.grid.places)
+
+
+def test_a_block_or_an_embedding_alone_is_no_model(model):
+    for part in (model.model.layers[0].mlp.experts, model.model.embed_tokens):
+        with pytest.raises(BadInput, match="cannot be replaced from inside"):
+            qnb.quantize(part, "w8a16")
+
+
+def test_saving_is_refused_by_name(model, tmp_path):
+    qnb.quantize(model, "w8a16")
+    with pytest.raises(NotSaveable, match="model.layers.0.mlp.experts holds quantized experts"):
+        qnb.save(model, tmp_path / "saved")
+
+
+def test_another_layout_is_not_covered_and_said():
+    config = transformers.GptOssConfig(
+        **SIZES, intermediate_size=32, num_local_experts=4, head_dim=32, layer_types=["full_attention"] * 2
+    )
+    torch.manual_seed(0)
+    report = qnb.quantize(transformers.GptOssForCausalLM(config).eval(), "w8a16")
+    assert report.coverage.startswith("Warning: quantized") and "lie in GptOssExperts, 3-D" in report.coverage
+    assert not [row for row in report.rows if ".experts." in row.name]
