@@ -201,6 +201,25 @@ class TestControls:
         panel.settle()
         assert panel._scheme.value == "none" and panel._undo.disabled and not panel._redo.disabled
 
+    def test_what_a_cell_did_while_the_panel_was_busy_is_taken_in(self, model, open_panel, monkeypatch):
+        panel = open_panel(model)
+        panel.settle()
+        measuring, go_on = threading.Event(), threading.Event()
+
+        def measure(model, step, check):
+            measuring.set()
+            assert go_on.wait(20)
+            check()
+
+        monkeypatch.setattr(panel.session.stages, "run", measure)
+        panel.session._worker.request()
+        assert measuring.wait(20)
+        qnb.quantize(model, "w8a16", layers=UP, progress=False)
+        panel.session.look_around()
+        go_on.set()
+        panel.settle()
+        assert panel.recipe() == {UP: ("w8a16", "nearest")}
+
     def test_what_a_cell_chose_is_shown_though_it_is_not_among_the_usual(self, model, open_panel):
         panel = open_panel(model)
         panel.settle()

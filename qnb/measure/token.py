@@ -8,14 +8,14 @@ one result would mix two models. Code that is measured must not wait for another
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from torch import nn
 
+from qnb.model import stack
 from qnb.model.gate import held
 
 _token = threading.RLock()
@@ -43,9 +43,7 @@ class Company:
 
     def look(self) -> None:
         """Notes what other threads run of qnb, or wait to run, at this moment, and whether one runs a model."""
-        stacks = sys._current_frames()
-        del stacks[threading.get_ident()]  # a frame that holds itself would live on, with all that it measured
-        for place in map(_outermost, stacks.values()):
+        for place in map(_outermost, stack.others().values()):
             if place is not None and not place.startswith(_OURS):
                 self._notes[f"meanwhile another thread was in {place}"] = None
 
@@ -70,14 +68,12 @@ def alone(*models: nn.Module) -> Iterator[Company]:
             _holders[:] = outside  # right also where an interrupt came before the append
 
 
-def _outermost(frame: FrameType | None) -> str | None:
+def _outermost(frames: Sequence[FrameType]) -> str | None:
     """What this stack entered first, a function of qnb or a module's forward; None where it is in neither."""
-    place = None
-    while frame is not None:
+    for frame in reversed(frames):
         module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
         if module.partition(".")[0] == "qnb":
-            place = f"{module}.{function}"
-        elif module == _MODULE_CALL and function == "_call_impl":
-            place = f"a forward of {type(frame.f_locals.get('self')).__name__}"
-        frame = frame.f_back
-    return place
+            return f"{module}.{function}"
+        if module == _MODULE_CALL and function == "_call_impl":
+            return f"a forward of {type(stack.first_argument(frame)).__name__}"
+    return None

@@ -15,12 +15,14 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_pre_hooks, register_module_forward_pre_hook
+
+from qnb.model import stack
 
 _PASSES = {"generate", "forward", "_call_impl", "_wrapped_call_impl"}
 # Waiting is polling: a thread that was interrupted or has died can then keep nobody waiting.
@@ -51,15 +53,10 @@ class _Part:
         """Whether the module lies inside the model or contains it."""
         return self.holds(module) or (isinstance(module, nn.Module) and any(m is self._model for m in module.modules()))
 
-    def outermost(self, stack: FrameType | None) -> FrameType | None:
-        """The outermost frame of this stack that runs a pass of the model."""
-        found = None
-        while stack is not None:
-            code = stack.f_code
-            if code.co_name in _PASSES and code.co_argcount and self.concerns(stack.f_locals.get(code.co_varnames[0])):
-                found = stack
-            stack = stack.f_back
-        return found
+    def outermost(self, frames: Sequence[FrameType]) -> FrameType | None:
+        """The outermost of a stack's frames that runs a pass of the model."""
+        passes = (frame for frame in reversed(frames) if frame.f_code.co_name in _PASSES)
+        return next((frame for frame in passes if self.concerns(stack.first_argument(frame))), None)
 
     def held_by(self, thread: int) -> bool:
         """Whether a measurement in that thread holds the model."""
@@ -80,42 +77,32 @@ class _Change(_Part):
 
     def under_way(self) -> bool:
         """Whether its maker still works on it; an interrupt at the very end can leave a change behind in the list."""
-        stack = sys._current_frames().get(self.maker)
-        while stack is not None and stack is not self._frame:
-            stack = stack.f_back
-        return stack is not None
+        if self.maker == threading.get_ident():
+            frames = stack.frames(sys._getframe(1))
+        else:
+            frames = stack.others().get(self.maker, [])
+        return any(frame is self._frame for frame in frames)
 
     def look_around(self) -> None:
         """Admits every pass that is under way."""
-        stacks = _other_stacks().values()
-        self.admitted = [frame for frame in map(self.outermost, stacks) if frame is not None]
+        passes = map(self.outermost, stack.others().values())
+        self.admitted = [frame for frame in passes if frame is not None]
 
     def forget(self) -> None:
         """Lets go of all frames: with their locals they would keep models alive."""
         self._frame, self.admitted = None, []
 
-    def admits(self, thread: int, stack: FrameType | None) -> bool:
-        """Whether the pass that this stack is in began before the change was announced, or is held by its thread."""
-        while stack is not None:
-            if any(f is stack for f in self.admitted or ()):
-                return True
-            stack = stack.f_back
-        return self.held_by(thread)
+    def admits(self, thread: int, frames: Sequence[FrameType]) -> bool:
+        """Whether the pass that these frames are in began before the change was announced, or is held by its thread."""
+        return any(frame is known for known in self.admitted or () for frame in frames) or self.held_by(thread)
 
     def someone_inside(self) -> bool:
         """Whether any other thread is in a pass of the model, or holds it."""
-        for thread, stack in _other_stacks().items():
+        for thread, frames in stack.others().items():
             waits = _at_the_door.get(thread) is self
-            if self.held_by(thread) or (not waits and self.outermost(stack) is not None):
+            if self.held_by(thread) or (not waits and self.outermost(frames) is not None):
                 return True
         return False
-
-
-def _other_stacks() -> dict[int, FrameType]:
-    # Without this thread's own: a frame that holds itself is freed only by the garbage collector.
-    stacks = sys._current_frames()
-    stacks.pop(threading.get_ident(), None)
-    return stacks
 
 
 _changes: list[_Change] = []
@@ -127,7 +114,10 @@ _at_the_door: dict[int, _Change] = {}  # thread that waits before it enters -> t
 def held(model: nn.Module) -> Iterator[None]:
     """Counts as one pass through `model`, however many are made inside: no other thread's change lands meanwhile."""
     mine = threading.get_ident(), model
-    while any(c.concerns(model) and c.under_way() and not c.admits(mine[0], sys._getframe()) for c in _changes):
+    # The frames in no variable of this generator, which one of them holds: only the garbage collector would free them.
+    while any(
+        c.concerns(model) and c.under_way() and not c.admits(mine[0], stack.frames(sys._getframe())) for c in _changes
+    ):
         time.sleep(_POLL_S)
     try:
         _held.append(mine)
@@ -144,7 +134,7 @@ def when_empty(model: nn.Module, change: Callable[[], None]) -> bool:
     the change is then made as soon as that pass is over, and False comes back at once.
     """
     part, announced = _Part(model), threading.Event()
-    if part.outermost(sys._getframe()) is None and not part.held_by(threading.get_ident()):
+    if part.outermost(stack.frames(sys._getframe(1))) is None and not part.held_by(threading.get_ident()):
         _make(model, part, change, announced)
         return True
     threading.Thread(target=_make, args=(model, part, change, announced), name="qnb change").start()
@@ -191,12 +181,12 @@ def _door(module: nn.Module, args: tuple) -> None:
     if not _changes:
         _close_door()
         return
-    thread, stack = threading.get_ident(), sys._getframe(1)
+    thread, frames = threading.get_ident(), stack.frames(sys._getframe(1))
     for change in list(_changes):
         if change.maker == thread or not change.holds(module):
             continue
         try:
-            while change in _changes and not change.admits(thread, stack):
+            while change in _changes and not change.admits(thread, frames):
                 if not change.under_way():
                     _forget(change)
                 elif change.admitted is not None:  # else this thread may be in the middle of a pass

@@ -236,7 +236,7 @@ class Session:
         model = self._model()
         if model is None:
             self._failed(_Gone(GONE))
-        elif not self.busy and layers_of(layers(model)) != dict(self.present.layers):
+        elif layers_of(layers(model)) != dict(self.present.layers):
             self._worker.request()
 
     def settle(self, timeout_s: float | None = None) -> bool:
