@@ -833,3 +833,20 @@ def test_what_from_pretrained_refuses(floats, good):
     (floats / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00009.safetensors"}}')
     with pytest.raises(BadCheckpoint):
         qnb.from_pretrained(floats, "w8a8")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g32", "nf4-g64"])
+def test_a_conv1d_is_saved_in_qnbs_own_format_alone(scheme, tmp_path):
+    config = transformers.GPT2Config(
+        n_embd=96, n_layer=2, n_head=2, vocab_size=96, n_positions=32, bos_token_id=0, eos_token_id=1
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    qnb.quantize(model, scheme, smooth=0.5 if scheme == "w8a8" else None, calibration=tokens())
+    with pytest.raises(NotSaveable, match='c_attn is a Conv1D, .*format="qnb"'):
+        qnb.save(model, tmp_path / "saved")
+    qnb.save(model, tmp_path / "saved", format="qnb")
+    loaded = qnb.load(tmp_path / "saved")
+    assert same_bits(model, loaded) and torch.equal(logits(model), logits(loaded))
+    layer = loaded.transformer.h[0].mlp.c_fc
+    assert (layer.nx, layer.nf) == (96, 384) and layer.weight.shape == (96, 384)

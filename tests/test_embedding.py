@@ -10,7 +10,7 @@ from torch import nn
 
 import qnb
 from qnb.errors import LayerRefused, NotSaveable
-from qnb.model.linear import QEmbedding, held_storages, original_pass
+from qnb.model.linear import QEmbedding, held_storages, original_pass, quantized_layers
 
 IDS = torch.tensor([[0, 3, 99], [3, 70, 1]])
 
@@ -118,7 +118,34 @@ def test_an_index_outside_raises_as_ever(model, index):
         model(torch.tensor([[index]]))
 
 
-def test_saving_is_refused_by_name(model, tmp_path):
+def test_a_format_without_a_word_for_it_is_refused_by_name(model, tmp_path):
     qnb.quantize(model, "w8a16", layers="embed")
-    with pytest.raises(NotSaveable, match="embed is a quantized embedding"):
-        qnb.save(model, tmp_path / "saved", format="qnb")
+    for format in (None, "gguf"):
+        with pytest.raises(NotSaveable, match="embed is a quantized embedding"):
+            qnb.save(model, tmp_path / "saved", format=format)
+
+
+def test_what_is_saved_is_what_is_attached(model, tmp_path):
+    twin = copy.deepcopy(model)
+    qnb.quantize(model, "w4a16-g32", layers="embed")
+    y = model(IDS)
+    qnb.save(model, tmp_path / "saved", format="qnb")
+    qnb.attach(twin, tmp_path / "saved")
+    assert torch.equal(twin(IDS), y)
+    assert quantized_layers(twin)["embed"].padding_idx == model.embed.padding_idx
+
+
+@pytest.mark.parametrize("named", [["model.embed_tokens"], ["lm_head"], ["model.embed_tokens", "lm_head"]])
+def test_a_tied_pair_is_saved_as_the_two_things_it_has_become(named, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    tied = transformers.LlamaForCausalLM(config).eval()
+    qnb.quantize(tied, "w8a16", layers=named)
+    ids = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        qnb.save(tied, tmp_path / "saved", format="qnb")
+        loaded = qnb.load(tmp_path / "saved")
+        assert torch.equal(loaded(ids).logits, tied(ids).logits)
+    assert list(quantized_layers(loaded)) == list(quantized_layers(tied))

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qnb
-from qnb.errors import BadInput, LayerRefused, NotQuantized, NotSaveable
+from qnb.errors import BadCheckpoint, BadInput, LayerRefused, NotQuantized, NotSaveable
 from qnb.model.experts import Experts
 from qnb.model.linear import held_storages, original_pass, quantized_layers
 from qnb.model.recipe import Recipe
@@ -174,10 +175,67 @@ def test_a_block_or_an_embedding_alone_is_no_model(model):
             qnb.quantize(part, "w8a16")
 
 
-def test_saving_is_refused_by_name(model, tmp_path):
+def test_a_format_without_a_word_for_them_is_refused_by_name(model, tmp_path):
     qnb.quantize(model, "w8a16")
-    with pytest.raises(NotSaveable, match="model.layers.0.mlp.experts holds quantized experts"):
-        qnb.save(model, tmp_path / "saved")
+    for format in (None, "compressed-tensors", "gguf"):
+        with pytest.raises(NotSaveable, match='model.layers.0.mlp.experts holds quantized experts.*format="qnb"'):
+            qnb.save(model, tmp_path / "saved", format=format)
+    assert not list(tmp_path.iterdir())
+
+
+def mix(model: nn.Module) -> None:
+    """Some experts quantized, one block and one expert as they were, and the embedding."""
+    qnb.quantize(model, "w4a16-g32")
+    qnb.quantize(model, "w8a8", layers="*.experts.1.*")
+    qnb.quantize(model, "none", layers=["*.experts.2.*", "model.layers.1.mlp.experts"])
+    qnb.quantize(model, "w8a16", layers="model.embed_tokens")
+
+
+def test_what_is_saved_is_what_loads(model, tmp_path):
+    mix(model)
+    y = logits(model)
+    saved = qnb.save(model, tmp_path / "saved", format="qnb")
+    assert saved.layers == len(quantized_layers(model))
+    loaded = qnb.load(tmp_path / "saved")
+    assert torch.equal(logits(loaded), y)
+    schemes = {name: layer.scheme for name, layer in quantized_layers(model).items()}
+    assert {name: layer.scheme for name, layer in quantized_layers(loaded).items()} == schemes
+    assert held_storages(loaded)[1] == 0
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+    with pytest.raises(NotQuantized, match="checkpoint"):
+        qnb.restore(loaded)
+    qnb.save(loaded, tmp_path / "again", format="qnb")
+    one, two = (tmp_path / name / "model.safetensors" for name in ("saved", "again"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_what_is_saved_can_be_put_into_a_model_of_the_same_layers(model, tmp_path):
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    mix(model)
+    y = logits(model)
+    qnb.save(model, tmp_path / "saved", format="qnb")
+    qnb.attach(twin, tmp_path / "saved")
+    assert torch.equal(logits(twin), y)
+    twin.to(torch.bfloat16)
+    assert logits(twin).dtype == torch.bfloat16
+
+
+def test_a_checkpoint_that_lacks_an_experts_tensor_changes_nothing(model, tmp_path):
+    twin = copy.deepcopy(model)
+    before, blocks = logits(twin), [layer.mlp.experts for layer in twin.model.layers]
+    qnb.quantize(model, "w8a16")
+    qnb.save(model, tmp_path / "saved", format="qnb")
+    path = tmp_path / "saved" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.experts.3.down_proj.weight_scale"]
+    save_file(tensors, path)
+    with pytest.raises(BadCheckpoint, match="layer model.layers.1.mlp.experts.3.down_proj"):
+        qnb.attach(twin, tmp_path / "saved")
+    assert [layer.mlp.experts for layer in twin.model.layers] == blocks
+    assert torch.equal(logits(twin), before)
 
 
 def test_another_layout_is_not_covered_and_said():

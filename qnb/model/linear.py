@@ -61,12 +61,15 @@ def as_matrix(module: nn.Module) -> Tensor:
 class QLayer(nn.Module):
     """Runs `variant` where a layer with one weight stood; what `QLinear` and `QEmbedding` share.
 
-    bias, hooks and training flag are those of the original, by reference; `dtype` is the type that `weight` reads as.
+    bias, hooks and training flag are those of the original, by reference; `dtype` is the type that `weight` reads as,
+    None for that of the original's weight.
     `original` is None where the original was not kept, and `original_missing` says why. `mapped` is the file that the
     original's weight lies in where that was moved to disk.
     """
 
-    def __init__(self, original: nn.Module, variant: Variant, keep: bool = True) -> None:
+    def __init__(
+        self, original: nn.Module, variant: Variant, keep: bool = True, dtype: torch.dtype | None = None
+    ) -> None:
         nn.Module.__init__(self)
         if hasattr(original, "bias"):
             self._parameters["bias"] = original.bias
@@ -74,7 +77,7 @@ class QLayer(nn.Module):
         self.__dict__.update(
             training=original.training,
             variant=variant,
-            dtype=original.weight.dtype,
+            dtype=original.weight.dtype if dtype is None else dtype,
             original=original if keep else None,
             original_missing=None if keep else NOT_KEPT,
             mapped=None,  # the piece of a file that the original's weight lies in, where it does
@@ -201,8 +204,10 @@ class QLayer(nn.Module):
 class QLinear(QLayer, nn.Linear):
     """Runs `variant` where an `nn.Linear` stood, see `QLayer`."""
 
-    def __init__(self, original: nn.Module, variant: Variant, keep: bool = True) -> None:
-        super().__init__(original, variant, keep)
+    def __init__(
+        self, original: nn.Module, variant: Variant, keep: bool = True, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(original, variant, keep, dtype)
         self.__dict__.update(zip(("out_features", "in_features"), variant.shape, strict=True))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -258,8 +263,10 @@ class QEmbedding(QLayer, nn.Embedding):
     (N, K) of the variant are (num_embeddings, embedding_dim).
     """
 
-    def __init__(self, original: nn.Embedding, variant: Variant, keep: bool = True) -> None:
-        super().__init__(original, variant, keep)
+    def __init__(
+        self, original: nn.Embedding, variant: Variant, keep: bool = True, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(original, variant, keep, dtype)
         n, k = variant.shape
         self.__dict__.update(num_embeddings=n, embedding_dim=k, padding_idx=original.padding_idx)
         # As every embedding has them; these three change nothing but training, and a limit on norms is refused.
@@ -279,6 +286,13 @@ class QEmbedding(QLayer, nn.Embedding):
         if input.is_cuda:
             self._stay_for_graph(self.variant)
         return self.variant.rows(input.reshape(-1)).to(self.dtype).view(*input.shape, self.embedding_dim)
+
+
+def class_for(original: nn.Module) -> type[QLayer]:
+    """What runs variants in the place of this module."""
+    if isinstance(original, nn.Embedding):
+        return QEmbedding
+    return QConv1D if is_conv1d(original) else QLinear
 
 
 class ReadOnlyWeight(Tensor):

@@ -13,7 +13,7 @@ from qnb import schemes
 from qnb.errors import BadInput, LayerRefused, NotQuantized
 from qnb.model.disk import Keeper
 from qnb.model.fingerprint import note_calibration
-from qnb.model.linear import NOT_KEPT, QConv1D, QEmbedding, QLayer, QLinear, disk_bytes, is_conv1d, walk
+from qnb.model.linear import NOT_KEPT, QLayer, class_for, disk_bytes, walk
 from qnb.model.recipe import FROM_CHECKPOINT, Recipe
 from qnb.model.select import OUTPUT_EMBEDDING, Site, check_model, choose, find_sites
 from qnb.model.swap import Follow, FollowBlock, Keep, LetGo, Place, Step, Stow, Switch, land
@@ -240,7 +240,7 @@ def _forth(site: Site, variant: Variant, keep: str, keeper: Keeper | None) -> li
             steps += [Switch(*site.places[0], layer, layer.variant, variant)]
         kept = layer.original, layer.original_missing, layer.mapped
     else:
-        layer = _class_for(original)(original, variant, keep=keep != "none")
+        layer = class_for(original)(original, variant, keep=keep != "none")
         steps += [Place(parent, child, original, layer) for parent, child in site.places]
         kept = original, None, None
     if keep == "none" and again:
@@ -251,12 +251,6 @@ def _forth(site: Site, variant: Variant, keep: str, keeper: Keeper | None) -> li
     elif keep == "memory" and not again and weight.device.type != "cpu" and site.alone:
         steps.append(Stow(original, weight.data, weight.data.cpu()))
     return steps
-
-
-def _class_for(original: nn.Module) -> type[QLayer]:
-    if isinstance(original, nn.Embedding):
-        return QEmbedding
-    return QConv1D if is_conv1d(original) else QLinear
 
 
 def _back(site: Site) -> list[Step]:

@@ -47,7 +47,12 @@ class Site:
     @property
     def names(self) -> tuple[str, ...]:
         """By which patterns find it: its own, and for a matrix of an expert that of the whole block."""
-        return (self.name,) if self.stack is None else (self.name, self.name.rsplit(".", 2)[0])
+        return (self.name,) if self.block is None else (self.name, self.block)
+
+    @property
+    def block(self) -> str | None:
+        """The name of the block of experts that it is part of."""
+        return None if self.stack is None else self.name.rsplit(".", 2)[0]
 
     @property
     def embedding(self) -> bool:

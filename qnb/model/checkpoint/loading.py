@@ -18,11 +18,11 @@ from qnb.model.checkpoint import compressed, native
 from qnb.model.checkpoint.compressed import Form
 from qnb.model.checkpoint.files import Tensors, checkpoint_directory
 from qnb.model.checkpoint.skeleton import CONFIG, model_from, read_config
-from qnb.model.linear import QLinear, quantized_layers
+from qnb.model.linear import QLayer, class_for, quantized_layers
 from qnb.model.quantize import Report, layers
 from qnb.model.recipe import LayerRecipe, Recipe
-from qnb.model.select import Site, sites_in_place
-from qnb.model.swap import Place, land
+from qnb.model.select import Site, find_sites, sites_in_place
+from qnb.model.swap import LetGo, Place, land
 from qnb.results import one_line
 from qnb.schemes import Variant
 from qnb.schemes.plain import checked
@@ -184,35 +184,39 @@ class _Assign:
         self.table[self.key] = self.old
 
 
-def _arrival(model: nn.Module, stored: _Stored) -> Iterator[Place | _Assign]:
+def _arrival(model: nn.Module, stored: _Stored) -> Iterator[Place | LetGo | _Assign]:
     """The steps that put a checkpoint into a model of the same layers. Raises `BadCheckpoint` where it does not fit."""
     used: set[str] = set()
-    quantized: dict[str, QLinear] = {}
-    places: list[Place] = []
-    for site in sites_in_place(model):
+    new: dict[str, nn.Module] = {}
+    places: list[Place | LetGo] = []
+    for site in find_sites(model) if stored.find is None else sites_in_place(model):
         form = stored.form(site.name, site.module)
         if form is None:
             continue
-        shape = site.module.out_features, site.module.in_features
-        new = _layer(site.module, stored.variant(site.name, form, shape), site.module.weight.dtype)
+        layer = _layer(site.module, stored.variant(site.name, form, site.shape), site.module.weight.dtype)
         used |= {f"{site.name}.{part}" for part in stored.names(form)}
-        quantized[site.name] = new
-        places += [Place(parent, child, site.module, new) for parent, child in site.places]
+        new[site.name] = layer
+        places += [Place(parent, child, site.module, layer) for parent, child in site.places]
+        block = site.block
+        if block is not None and block not in new:
+            new[block], old = site.stack.layers, site.stack.layers.block
+            places += [Place(parent, child, old, new[block]) for parent, child in site.stack.places]
+            places.append(LetGo(new[block], old))
     if stored.find is None:
-        if unknown := [name for name in stored.recipe.layers if name not in quantized]:
+        if unknown := [name for name in stored.recipe.layers if name not in new]:
             raise BadCheckpoint(f"the checkpoint has a layer {one_line(unknown[0], 80)} that the model has not")
-    if not quantized:
+    if not new:
         raise BadCheckpoint("the checkpoint's targets match no linear layer of the model")
     yield from places
-    yield from fill(model, quantized, used, stored.tensors)
+    yield from fill(model, new, used, stored.tensors)
 
 
-def fill(model: nn.Module, quantized: Mapping[str, QLinear], used: set[str], tensors: Tensors) -> Iterator[_Assign]:
+def fill(model: nn.Module, new: Mapping[str, nn.Module], used: set[str], tensors: Tensors) -> Iterator[_Assign]:
     """The steps that put in everything but the tensors `used`; raises `BadCheckpoint` where some lack or are left over.
 
-    `quantized` stand in for the model's layers of these names.
+    `new` are what will stand at these names of the model.
     """
-    floats = [slots for slots in _floats(model, quantized) if not any(name in used for *_, name in slots)]
+    floats = [slots for slots in _floats(model, new) if not any(name in used for *_, name in slots)]
     missing = [slots[0][2] for slots in floats if not any(name in tensors for *_, name in slots)]
     missing = [name for name in missing if not _matches(model, "_keys_to_ignore_on_load_missing", name)]
     if missing:
@@ -231,23 +235,36 @@ def fill(model: nn.Module, quantized: Mapping[str, QLinear], used: set[str], ten
         if name is None:
             continue
         old = slots[0][0][slots[0][1]]
-        new = _like(name, tensors[name], old)
+        loaded = _like(name, tensors[name], old)
         for table, key, _ in slots:
-            yield _Assign(table, key, table[key], new)
+            yield _Assign(table, key, table[key], loaded)
 
 
-def _floats(model: nn.Module, quantized: Mapping[str, QLinear]) -> Iterator[list[tuple[dict, str, str]]]:
+def _floats(model: nn.Module, new: Mapping[str, nn.Module]) -> Iterator[list[tuple[dict, str, str]]]:
     """Everything else that a state dict has: for each tensor the (table, key, name) of all places that share it."""
     shared: dict[int, list[tuple[dict, str, str]]] = {}
-    for path, module in model.named_modules():
+    for path, module in _standing(model, new):
         prefix = f"{path}." if path else ""
-        module = quantized.get(path, module)
         kept = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
         for table, found in ((module._parameters, module._parameters), (module._buffers, kept)):
             for key, tensor in found.items():
                 if tensor is not None:
                     shared.setdefault(id(tensor), []).append((table, key, prefix + key))
     yield from shared.values()
+
+
+def _standing(model: nn.Module, new: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of all that will stand in the model, a shared module under its first name alone."""
+    waiting, seen = [("", model)], set()
+    while waiting:
+        path, old = waiting.pop()
+        if id(old) not in seen:
+            seen.add(id(old))
+            module = new.get(path, old)
+            yield path, module
+            prefix = f"{path}." if path else ""
+            children = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
+            waiting += reversed(children)
 
 
 def _like(name: str, tensor: Tensor, old: Tensor) -> Tensor:
@@ -258,14 +275,9 @@ def _like(name: str, tensor: Tensor, old: Tensor) -> Tensor:
     return nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
 
 
-def _layer(module: nn.Linear, variant: Variant, dtype: torch.dtype) -> QLinear:
+def _layer(module: nn.Module, variant: Variant, dtype: torch.dtype) -> QLayer:
     """A quantized layer in the place of `module`, whose weight may be missing or integers."""
-    n, k = variant.shape
-    stand_in = nn.Linear(k, n, bias=False, device="meta", dtype=dtype)
-    stand_in.register_parameter("bias", module.bias)
-    stand_in.training = module.training
-    layer = QLinear(stand_in, variant, keep=False)
-    layer.share_hooks(module)
+    layer = class_for(module)(module, variant, keep=False, dtype=dtype)
     layer.original_missing = "it came from a checkpoint that holds integers alone"
     return layer
 

@@ -22,7 +22,7 @@ from qnb.model.defaults import remembered
 from qnb.model.divergence import mean_kl
 from qnb.model.experts import Experts
 from qnb.model.fused import fused_groups
-from qnb.model.linear import QConv1D, QEmbedding, QLinear, quantized_layers
+from qnb.model.linear import QConv1D, QEmbedding, QLayer, QLinear, quantized_layers
 from qnb.model.recipe import Recipe
 from qnb.model.select import find_sites
 from qnb.results import Cell, Result, Table, format_bytes, format_number, one_line
@@ -30,6 +30,12 @@ from qnb.schemes import Variant
 
 FORMATS = ("compressed-tensors", "qnb", "gguf")
 SHARD_BYTES = 5_000_000_000
+# What only qnb's own format is written for.
+_OURS_ALONE = {
+    Experts: "holds quantized experts of a mixture",
+    QEmbedding: "is a quantized embedding",
+    QConv1D: "is a Conv1D",
+}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -88,19 +94,14 @@ def save(
     target, layers = check_target(directory), quantized_layers(model)
     if not layers:
         raise NotSaveable("the model holds no quantized layer: quantize it first, or save it with save_pretrained")
-    transposed = [name for name, layer in layers.items() if isinstance(layer, QConv1D)]
-    if transposed:
-        raise NotSaveable(
-            f"{transposed[0]} is a Conv1D, for which no checkpoint has a form that can be loaded again: save the "
-            "recipe, qnb.Recipe.of(model).save(file), and apply it to the original"
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, (Experts, QEmbedding)):
-            what = "holds quantized experts of a mixture" if isinstance(module, Experts) else "is a quantized embedding"
-            raise NotSaveable(
-                f"{name} {what}, for which no checkpoint has a form that can be loaded "
-                "again: save the recipe, qnb.Recipe.of(model).save(file), and apply it to the original"
-            )
+    if format != "qnb":
+        for name, module in model.named_modules():
+            what = next((words for kind, words in _OURS_ALONE.items() if isinstance(module, kind)), None)
+            if what is not None:
+                raise NotSaveable(
+                    f'{name} {what}, which {format or FORMATS[0]} is not written for here: save with format="qnb", or '
+                    "leave it as it was"
+                )
     own_texts, tokenizer = remembered(model, tokenizer)
     write = {"qnb": _write_native, "gguf": _write_gguf}.get(format, _write_compressed)
     with written_aside(target) as aside:
@@ -167,7 +168,7 @@ def _tensors(
     other = {} if folded is None else folded.tensors
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        if isinstance(module, QLinear):
+        if isinstance(module, QLayer):
             yield from ((prefix + name, tensor) for name, tensor in parts(variants[path]).items())
         kept = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
         for name, tensor in (*module._parameters.items(), *kept.items()):
@@ -185,9 +186,9 @@ def _write_config(model: nn.Module, aside: Path, quantization: dict | None) -> N
         del config.quantization_config
     config.architectures = [type(model).__name__]
     config.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), config.dtype)
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    if isinstance(output, QLinear) and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # integers and the embedding are two things now
+    both = (getattr(model, get, lambda: None) for get in ("get_input_embeddings", "get_output_embeddings"))
+    if getattr(config, "tie_word_embeddings", False) and any(isinstance(get(), QLayer) for get in both):
+        config.tie_word_embeddings = False  # integers and the other embedding are two things now
     try:
         config.save_pretrained(aside)
         if getattr(model, "generation_config", None) is not None:
