@@ -184,7 +184,7 @@ def test_a_layer_from_its_quantizing_to_its_restoring(data, dtype, n, k, has_bia
     model = nn.Sequential(nn.Linear(k, n, bias=has_bias, dtype=dtype))
     weight = nn.Parameter(data.draw(floats(rows=n, columns=k, dtype=dtype)))
     model[0].weight = weight
-    original, bits = model[0], weight.detach().clone()
+    original, bits, strides = model[0], weight.detach().clone(), weight.stride()
     if not weight.isfinite().all():
         with pytest.raises(BadWeights):
             qnb.quantize(model, "w8a8")
@@ -194,7 +194,8 @@ def test_a_layer_from_its_quantizing_to_its_restoring(data, dtype, n, k, has_bia
     with torch.no_grad():
         y = model(x)
         for scheme in data.draw(st.permutations(["w8a8", "w8a16", "w8a8"])):
-            qnb.quantize(model, scheme, keep=data.draw(st.sampled_from(["memory", "memory", "disk"])), progress=False)
+            keep = data.draw(st.sampled_from(["memory", "memory", "disk"]))
+            qnb.quantize(model, scheme, keep=keep, progress=False)
             layer = model[0]
             plain = {name: t.clone() for name, t in layer.variant.plain().items()}
             codes, scale = plain["weight_codes"], plain["weight_scale"].float()
@@ -205,8 +206,10 @@ def test_a_layer_from_its_quantizing_to_its_restoring(data, dtype, n, k, has_bia
             if scheme == "w8a8":
                 args = x, torch.ops.qnb.pack_w8(codes), scale.squeeze(1), layer.bias, n
                 assert_same(answer, reference.linear_w8a8(*args))
-            with original_pass():
-                assert_same(model(x), y)
+            assert torch.equal(layer.original.weight, bits)
+            if not layer.on_disk:  # whose memory is another: torch's sums may differ in their last bits
+                with original_pass():
+                    assert_same(model(x), y)
             state = model.state_dict()
             model.load_state_dict(state)
             assert_same(model(x), answer)
@@ -214,7 +217,7 @@ def test_a_layer_from_its_quantizing_to_its_restoring(data, dtype, n, k, has_bia
         assert_same(model(x), y)
     assert model[0] is original
     assert model[0].weight is weight
-    assert torch.equal(weight, bits)
+    assert torch.equal(weight, bits) and weight.stride() == strides
 
 
 def tiny(dtype: torch.dtype) -> float:

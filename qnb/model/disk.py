@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qnb.errors import BadInput, NotQuantized
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALIGNMENT = 64  # bytes, of what torch allocates
 _CHUNK = 1 << 24  # bytes that are compared at a time
 
 
@@ -34,9 +35,10 @@ class Mapped:
     A copy of a layer shares it; a pickled layer goes without, since its weight is then in memory.
     """
 
-    def __init__(self, tensor: Tensor, path: Path, file: _File | None = None) -> None:
+    def __init__(self, weight: Tensor, tensor: Tensor, path: Path, file: _File | None = None) -> None:
         self.tensor, self.path, self._file = tensor, path, file
         self.nbytes = tensor.nbytes
+        self._strides, self._past = weight.stride(), weight.data_ptr() % _ALIGNMENT
         if file is None:
             weakref.finalize(self, _remove, str(path), os.getpid())
 
@@ -51,6 +53,15 @@ class Mapped:
     def verify(self, purpose: str) -> None:
         """The same before the weight is used again: its bits were compared with the file's when it was moved there."""
         self.check(purpose)
+
+    def in_memory(self) -> Tensor:
+        """A copy that lies in memory as the weight did: by strides and alignment sums differ in their last bits."""
+        if self._past == 0 and self._strides == self.tensor.stride():
+            return self.tensor.clone()
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(self.tensor.shape, self._strides, strict=True))
+        room = torch.empty(extent + _ALIGNMENT // self.tensor.element_size(), dtype=self.tensor.dtype)
+        start = (self._past - room.data_ptr()) % _ALIGNMENT // room.element_size()
+        return room.as_strided(self.tensor.shape, self._strides, start).copy_(self.tensor)
 
     def __deepcopy__(self, memo: dict) -> Mapped:
         return self
@@ -73,7 +84,7 @@ class Keeper:
         for file in self._files:
             for start in file.candidates(name, weight):
                 if file.holds(start, weight) and (tensor := file.map(start, weight)) is not None:
-                    return Mapped(tensor, file.path, file)
+                    return Mapped(weight, tensor, file.path, file)
         return _write(weight)
 
 
@@ -166,12 +177,12 @@ _lock = threading.RLock()
 
 def _write(weight: Tensor) -> Mapped:
     global _folder
-    weight, path = weight.detach().cpu().contiguous(), None
+    like, weight, path = weight, weight.detach().cpu().contiguous(), None
     # By hand: the library's own writer makes two copies of the weight first.
     kind = next(name for name, dtype in _DTYPES.items() if dtype == weight.dtype)
     about = {"weight": {"dtype": kind, "shape": list(weight.shape), "data_offsets": [0, weight.nbytes]}}
     header = json.dumps(about).encode()
-    header += b" " * (-len(header) % 8)
+    header += b" " * (-(8 + len(header)) % _ALIGNMENT)
     try:
         with _lock:
             if _folder is None or not os.path.isdir(_folder):
@@ -194,7 +205,7 @@ def _write(weight: Tensor) -> Mapped:
         ) from error
     start = 8 + len(header)
     storage = torch.UntypedStorage.from_file(str(path), False, start + weight.nbytes)
-    return Mapped(_view(storage, start, weight), path)
+    return Mapped(like, _view(storage, start, weight), path)
 
 
 def _remove(path: str, owner: int) -> None:

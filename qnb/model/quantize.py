@@ -261,7 +261,7 @@ def _back(site: Site) -> list[Step]:
     steps: list[Step] = []
     if layer.on_disk:
         layer.mapped.verify(f"putting back {site.name}")
-        steps.append(Stow(original, original.weight.data, layer.mapped.tensor.clone()))
+        steps.append(Stow(original, original.weight.data, layer.mapped.in_memory()))
     return [*steps, Follow(layer, original), *(Place(parent, child, layer, original) for parent, child in site.places)]
 
 

@@ -106,6 +106,10 @@ class Original:
                 f"{purpose} needs the original layer, which lay in {self.path}: its hash is not what was quantized"
             )
 
+    def in_memory(self) -> Tensor:
+        """A copy in memory."""
+        return self.tensor.clone()
+
     def __deepcopy__(self, memo: dict) -> Original:
         return self
 
