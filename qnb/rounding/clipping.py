@@ -13,6 +13,7 @@ from qnb.schemes.grid import Grid, Levels
 # Shares of each group's range. Above 1: a symmetric grid has a code more below zero than above, so that a group whose
 # widest weight is positive may want the step that puts this weight on the last code.
 FACTORS = (1.0, 1.06, 1.03, *(1 - i / 50 for i in range(1, 36)))
+REFITS = 2
 
 
 def clipped(
@@ -23,20 +24,39 @@ def clipped(
 ) -> Levels:
     """Levels for `weight` (N, K) whose ranges are scaled, each group by the factor of least error.
 
-    `error` takes what rounding changed, f32 (N, G, group), zeros filling a short last group, to an error (N, G). Groups
-    that share one scale are chosen for by their sum; of equal errors the first factor of FACTORS counts.
+    `error` takes what rounding changed, f32 (N, G, group), zeros filling a short last group, to an error (N, G): a
+    quadratic form, such as a sum of squares. Groups that share one scale are chosen for by their sum; of equal errors
+    the first factor of FACTORS counts. From the best of these, least squares goes on: the values q that a group has got
+    would be nearest to it as t * q, and the factor times t is taken where its own values are nearer still.
     """
+
+    def size(values: Tensor, group: int) -> Tensor:
+        found = error(grouped(values, group))
+        return found.sum().expand_as(found) if grid.group < 0 else found
+
+    def rounded(factor: Tensor) -> tuple[Tensor, Tensor, int]:
+        levels = grid.fit(weight, dtype, clip=factor)
+        values = grid.values(grid.nearest(weight, levels), levels)
+        return size(values - weight, levels.group), values, levels.group
+
     least = best = None
     for factor in FACTORS:
-        levels = grid.fit(weight, dtype, clip=weight.new_full((), factor))
-        found = error(grouped(grid.values(grid.nearest(weight, levels), levels) - weight, levels.group))
-        if grid.group < 0:
-            found = found.sum().expand_as(found)
+        found, _, group = rounded(weight.new_full((), factor))
         if least is None:
             least, best = found, torch.full_like(found, factor)
         else:
             better = found < least
             least, best = torch.where(better, found, least), best.masked_fill(better, factor)
+    whole = size(weight, group)
+    for _ in range(REFITS):
+        _, values, _ = rounded(best)
+        own = size(values, group)
+        # From E(q - w) = E(q) - 2 B(q, w) + E(w), of which B(q, w) / E(q) is the t of least E(t * q - w).
+        t = (own + whole - least) / (2 * own)
+        moved = torch.where(t.isfinite() & (t > 0), best * t, best)
+        found, _, _ = rounded(moved)
+        better = found < least
+        least, best = torch.where(better, found, least), torch.where(better, moved, best)
     return grid.fit(weight, dtype, clip=best)
 
 
