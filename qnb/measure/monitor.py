@@ -47,7 +47,7 @@ _FEWEST_LATENCIES = 20
 def monitor(
     model: nn.Module,
     *,
-    every: int = 100,
+    every: int = 200,
     baseline: Iterable | None = None,
     tokenizer: object = None,
     window: int = 1000,
@@ -350,7 +350,9 @@ class Monitor:
             timed = not sampled and (not self._accelerated or self._countdown == 1)
             if sampled:
                 self._countdown = self._draw.randint(1, 2 * self._every - 1)
-            recipe = self._recipe_of(inner, anew=sampled)
+            recipe = self._recipes.unchanged()
+            if recipe is None or sampled:
+                recipe = self._recipe_of(inner, anew=sampled)
             look = None
             if sampled and not self._compiled:
                 mask = mask_of(args, kwargs)
@@ -369,7 +371,8 @@ class Monitor:
         if this.timed and self._accelerated:
             synchronize(self._devices)
         seconds = time.perf_counter() - this.began
-        this.drop()
+        if this.look is not None:
+            this.drop()
         if output is None:  # the pass failed: it answered nothing
             return
         seen = {} if this.look is None else this.look.seen()
@@ -514,6 +517,8 @@ class _Here(threading.local):
 
 
 class _Pass:
+    __slots__ = ("recipe", "tokens", "look", "timed", "began")
+
     def __init__(self, recipe: Recipe, tokens: int | None, look: Look | None, timed: bool, began: float) -> None:
         self.recipe, self.tokens, self.look, self.timed, self.began = recipe, tokens, look, timed, began
 

@@ -144,16 +144,18 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[dict[str, nn.Module], str
 
 
 def _ids(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-    for given in (kwargs.get("input_ids"), *args[:1]):
-        if isinstance(given, Tensor) and given.dim() == 2 and not given.is_floating_point():
-            return given
-    return None
+    given = kwargs.get("input_ids")
+    if given is None and args:
+        given = args[0]
+    return given if isinstance(given, Tensor) and given.dim() == 2 and not given.is_floating_point() else None
 
 
 def tokens_of(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
-    ids, embeddings = _ids(args, kwargs), kwargs.get("inputs_embeds")
+    """How many tokens this pass is given; None where that is not said."""
+    ids = _ids(args, kwargs)
     if ids is not None:
         return ids.numel()
+    embeddings = kwargs.get("inputs_embeds")
     return embeddings.shape[:-1].numel() if isinstance(embeddings, Tensor) else None
 
 

@@ -45,14 +45,18 @@ class Recipes:
         self._changes = -1
         self._layers: list[nn.Linear] = []
 
+    def unchanged(self) -> Recipe | None:
+        """The recipe that `now` gave last, while qnb has changed no model since."""
+        return self.standing if landed() == self._changes else None
+
     def now(self, inner: nn.Module, anew: bool = False) -> Recipe:
         """The recipe that the model runs now; unless `anew`, made only where qnb has changed some model since.
 
         What was changed in another way is seen with the next pass that is looked into, which asks `anew`.
         """
         changes = landed()
-        if not anew and self.standing is not None and changes == self._changes:
-            return self.standing
+        if not anew and (standing := self.unchanged()) is not None:
+            return standing
         self._changes = changes
         layers = linear_layers(inner)
         self._layers = [layer for _, _, layer in layers.values()]

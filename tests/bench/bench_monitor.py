@@ -1,6 +1,6 @@
 """What a monitor costs the model that serves: time with it over time without, in one process, by turns.
 
-    python tests/bench/bench_monitor.py [--scheme w8a8] [--every 100] [--rounds 120]
+    python tests/bench/bench_monitor.py [--scheme w8a8] [--every 200] [--rounds 120]
 
 The demo model serves the same requests over and over: writing token by token, where a pass is shortest and a monitor
 weighs most, and reading prompts. Two figures for each:
@@ -77,7 +77,7 @@ def monitored(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--scheme", default="w8a8", help="what the model runs in (%(default)s)")
-    parser.add_argument("--every", type=int, default=100, help="one pass in so many is looked into (%(default)s)")
+    parser.add_argument("--every", type=int, default=200, help="one pass in so many is looked into (%(default)s)")
     parser.add_argument("--rounds", type=int, default=120, help="pairs of rounds (%(default)s)")
     given = parser.parse_args()
     torch.set_num_threads(1)
