@@ -768,6 +768,7 @@ def floats(tmp_path) -> Path:
     [
         ("w8a8", {}),
         ("w4a16-g32", {"skip": "*.0.*"}),
+        ("w4a16-g32", {"layers": ["model.embed_tokens", "lm_head", "*.mlp.*"]}),
         ("w8a8-static", {"calibration": tokens()}),
         ("w8a8", {"smooth": 0.5, "calibration": tokens()}),
     ],

@@ -238,6 +238,12 @@ def test_a_checkpoint_that_lacks_an_experts_tensor_changes_nothing(model, tmp_pa
     assert torch.equal(logits(twin), before)
 
 
+def test_loading_their_floats_is_left_to_transformers(model, tmp_path):
+    model.save_pretrained(tmp_path / "floats")
+    with pytest.raises(BadCheckpoint, match="load the model with transformers, then call qnb.quantize"):
+        qnb.from_pretrained(tmp_path / "floats", "w4a16-g32")
+
+
 def test_another_layout_is_not_covered_and_said():
     config = transformers.GptOssConfig(
         **SIZES, intermediate_size=32, num_local_experts=4, head_dim=32, layer_types=["full_attention"] * 2

@@ -190,7 +190,7 @@ def nearest_in_table(weight: Tensor, levels: Levels, columns: slice | Tensor, k:
     scale = levels.spread(levels.scale, columns, k)
     scaled = weight.float() / scale.where(scale > 0, 1)
     middle = (levels.table[1:] + levels.table[:-1]) / 2
-    return torch.bucketize(scaled, middle).to(torch.uint8)
+    return torch.bucketize(scaled.contiguous(), middle).to(torch.uint8)
 
 
 @functools.cache

@@ -25,12 +25,14 @@ from qnb.errors import BadCheckpoint, BadInput, NotQuantized
 from qnb.model.checkpoint.files import Tensors, as_bytes, checkpoint_directory, pieces_of
 from qnb.model.checkpoint.loading import fill
 from qnb.model.checkpoint.skeleton import model_from, read_config
+from qnb.model.experts import is_block_of_experts
 from qnb.model.linear import quantized_layers
 from qnb.model.quantize import quantize
 from qnb.model.recipe import Recipe
-from qnb.model.select import Site, choose, sites_in_place
+from qnb.model.select import Site, choose, find_sites
+from qnb.model.variants import refusal
 from qnb.results import one_line
-from qnb.schemes import Scheme
+from qnb.schemes import How, Scheme
 
 BATCH_BYTES = 256 * 2**20  # of original weights whose pages are held at a time
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,6 +66,12 @@ def from_pretrained(
     files = {p: _MappedFile(p) for p in tensors.paths}
     stored = next((f.dtype for f in files.values() if f.dtype is not None), torch.float32)
     model = model_from(directory, stored)
+    for name, module in model.named_modules():
+        if is_block_of_experts(module) and f"{name}.down_proj" not in tensors:
+            raise BadCheckpoint(
+                f"the experts of {name} lie in the files under names that transformers alone puts together: load the "
+                "model with transformers, then call qnb.quantize"
+            )
     sites = _meant(model, scheme, how)
     used = set()
     for site in sites:
@@ -156,13 +164,13 @@ class _MappedFile:
 
 def _meant(model: nn.Module, scheme: str | Scheme | Recipe, how: dict[str, Any]) -> list[Site]:
     """The layers that will be quantized, as `quantize` chooses them."""
-    sites = sites_in_place(model)
+    sites = [site for site in find_sites(model, experts=False) if site.stack is None]
     if isinstance(scheme, Recipe):
         return [site for site in sites if site.name in scheme.layers]
     asked = schemes.find(scheme)
     if asked.grid is None:
         raise BadInput("scheme 'none' quantizes nothing: load the checkpoint with transformers")
-    reasons = choose(sites, how.get("layers"), how.get("skip"), lambda site: asked.why_not(*site.shape))
+    reasons = choose(sites, how.get("layers"), how.get("skip"), refusal(asked, How(how.get("rounding", How.rounding))))
     return [site for i, site in enumerate(sites) if reasons[i] is None]
 
 
