@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import qnb
-from qnb.errors import LayerRefused, NotSaveable
+from qnb.errors import BadCheckpoint, LayerRefused, NotSaveable
 from qnb.model.linear import QEmbedding, held_storages, original_pass, quantized_layers
 
 IDS = torch.tensor([[0, 3, 99], [3, 70, 1]])
@@ -149,3 +149,32 @@ def test_a_tied_pair_is_saved_as_the_two_things_it_has_become(named, tmp_path):
         loaded = qnb.load(tmp_path / "saved")
         assert torch.equal(loaded(ids).logits, tied(ids).logits)
     assert list(quantized_layers(loaded)) == list(quantized_layers(tied))
+
+
+@pytest.mark.parametrize("named", ["bert.embeddings.word_embeddings", "cls.predictions.decoder"])
+def test_what_else_a_model_ties_is_saved_under_each_name(named, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, intermediate_size=48)).eval()
+    qnb.quantize(bert, "w8a16", layers=named)
+    qnb.save(bert, tmp_path / "saved", format="qnb")
+    loaded, ids = qnb.load(tmp_path / "saved"), torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, bert(ids).logits)
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return 7 * super().forward(ids)
+
+
+def test_a_layer_with_a_forward_of_its_own_takes_no_integers_of_a_checkpoint(model, tmp_path):
+    twin = copy.deepcopy(model)
+    twin.embed.__class__ = Scaled
+    y = twin(IDS)
+    qnb.quantize(model, "w8a16", layers="embed")
+    qnb.save(model, tmp_path / "saved", format="qnb")
+    with pytest.raises(BadCheckpoint, match="layer embed cannot run .* forward of its own"):
+        qnb.attach(twin, tmp_path / "saved")
+    assert torch.equal(twin(IDS), y)

@@ -239,9 +239,10 @@ def test_a_checkpoint_that_lacks_an_experts_tensor_changes_nothing(model, tmp_pa
 
 
 def test_loading_their_floats_is_left_to_transformers(model, tmp_path):
-    model.save_pretrained(tmp_path / "floats")
-    with pytest.raises(BadCheckpoint, match="load the model with transformers, then call qnb.quantize"):
-        qnb.from_pretrained(tmp_path / "floats", "w4a16-g32")
+    for own in (True, False):
+        model.save_pretrained(tmp_path / f"{own}", save_original_format=own)
+        with pytest.raises(BadCheckpoint, match="load the model with transformers, then call qnb.quantize"):
+            qnb.from_pretrained(tmp_path / f"{own}", "w4a16-g32")
 
 
 def test_another_layout_is_not_covered_and_said():

@@ -401,3 +401,34 @@ def test_on_a_gpu_originals_leave_it_and_come_back(model, x, keep):
         assert parameter is parameters[name]
         assert parameter.is_cuda
         assert torch.equal(parameter, bits[name])
+
+
+def laid_out(how: str) -> torch.Tensor:
+    """f32 (8, 12), whose memory is not that of a new tensor."""
+    torch.manual_seed(0)
+    if how == "expanded":
+        return torch.randn(1, 12).expand(8, 12)
+    if how == "transposed":
+        return torch.randn(12, 8).T
+    if how == "shifted":
+        return torch.randn(99)[3:].view(8, 12)
+    return torch.randn(8, 1000)[:, :12]
+
+
+@pytest.mark.parametrize("how", ["expanded", "transposed", "shifted", "a slice"])
+def test_what_comes_back_from_disk_lies_as_it_did_unless_that_left_gaps(how):
+    model, weight = nn.Sequential(nn.Linear(12, 8, bias=False)), laid_out(how)
+    model[0].weight = nn.Parameter(weight)
+    bits, x = weight.clone(), torch.randn(5, 12)
+    with torch.no_grad():
+        y = model(x)
+        qnb.quantize(model, "w8a16", keep="disk")
+        qnb.restore(model)
+        back = model[0].weight
+        assert torch.equal(back, bits)
+        if how in ("transposed", "shifted"):
+            assert back.stride() == weight.stride() and back.data_ptr() % 64 == weight.data_ptr() % 64
+            assert torch.equal(model(x), y)
+        else:
+            assert back.is_contiguous()
+    assert back.untyped_storage().nbytes() <= weight.numel() * 4 + 64

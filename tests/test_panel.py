@@ -220,6 +220,29 @@ class TestControls:
         panel.settle()
         assert panel.recipe() == {UP: ("w8a16", "nearest")}
 
+    def test_what_a_cell_did_while_a_click_waited_stays(self, model, open_panel, monkeypatch):
+        panel = open_panel(model)
+        panel.settle()
+        measuring, go_on = threading.Event(), threading.Event()
+
+        def measure(model, step, check):
+            measuring.set()
+            assert go_on.wait(20)
+            check()
+
+        monkeypatch.setattr(panel.session.stages, "run", measure)
+        panel.session._worker.request()
+        assert measuring.wait(20)
+        panel.set("*.q_proj", "w8a16")
+        panel.set("*.k_proj", "w8a16")
+        qnb.quantize(model, "w8a8", layers=[UP, "*.0.*.k_proj"], progress=False)
+        panel.session.look_around()
+        go_on.set()
+        panel.settle()
+        changed = {name: scheme for name, (scheme, _) in panel.recipe().items()}
+        names = [f"model.layers.{i}.self_attn.{kind}_proj" for i in range(3) for kind in "qk"]
+        assert changed == {UP: "w8a8", **dict.fromkeys(names, "w8a16")}
+
     def test_what_a_cell_chose_is_shown_though_it_is_not_among_the_usual(self, model, open_panel):
         panel = open_panel(model)
         panel.settle()

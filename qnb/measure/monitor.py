@@ -350,9 +350,9 @@ class Monitor:
             timed = not sampled and (not self._accelerated or self._countdown == 1)
             if sampled:
                 self._countdown = self._draw.randint(1, 2 * self._every - 1)
-            recipe = self._recipes.unchanged()
-            if recipe is None or sampled:
-                recipe = self._recipe_of(inner, anew=sampled)
+            recipe = None if sampled else self._recipes.unchanged()
+            if recipe is None:
+                recipe = self._recipe_of(inner)
             look = None
             if sampled and not self._compiled:
                 mask = mask_of(args, kwargs)
@@ -394,10 +394,10 @@ class Monitor:
         if self._view is not None and self._view.due():
             self._view.show(self.report())
 
-    def _recipe_of(self, inner: nn.Module, anew: bool = False) -> Recipe:
+    def _recipe_of(self, inner: nn.Module) -> Recipe:
         """The recipe that the model runs now. What was summed up of other codes than its layers' is forgotten."""
         before = self._recipes.standing
-        found = self._recipes.now(inner, anew)
+        found = self._recipes.now(inner)
         if found is not before:
             self._window.forget_sums()
         return found

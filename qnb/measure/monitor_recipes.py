@@ -46,18 +46,15 @@ class Recipes:
         self._layers: list[nn.Linear] = []
 
     def unchanged(self) -> Recipe | None:
-        """The recipe that `now` gave last, while qnb has changed no model since."""
+        """The recipe that `now` gave last, while qnb has changed no model since; else None.
+
+        What was changed in another way is seen with the next pass that is looked into, which asks `now`.
+        """
         return self.standing if landed() == self._changes else None
 
-    def now(self, inner: nn.Module, anew: bool = False) -> Recipe:
-        """The recipe that the model runs now; unless `anew`, made only where qnb has changed some model since.
-
-        What was changed in another way is seen with the next pass that is looked into, which asks `anew`.
-        """
-        changes = landed()
-        if not anew and (standing := self.unchanged()) is not None:
-            return standing
-        self._changes = changes
+    def now(self, inner: nn.Module) -> Recipe:
+        """The recipe that the model runs now, by a look at all of its layers."""
+        self._changes = landed()
         layers = linear_layers(inner)
         self._layers = [layer for _, _, layer in layers.values()]
         schemes = {path: _scheme(layer) for path, (_, _, layer) in layers.items()}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qnb.errors import BadInput, NotQuantized
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ALIGNMENT = 64  # bytes, of what torch allocates
+ALIGNMENT = 64  # bytes, of what torch allocates
 _CHUNK = 1 << 24  # bytes that are compared at a time
 
 
@@ -38,7 +38,7 @@ class Mapped:
     def __init__(self, weight: Tensor, tensor: Tensor, path: Path, file: _File | None = None) -> None:
         self.tensor, self.path, self._file = tensor, path, file
         self.nbytes = tensor.nbytes
-        self._strides, self._past = weight.stride(), weight.data_ptr() % _ALIGNMENT
+        self._strides, self._misalignment = weight.stride(), weight.data_ptr() % ALIGNMENT
         if file is None:
             weakref.finalize(self, _remove, str(path), os.getpid())
 
@@ -55,19 +55,28 @@ class Mapped:
         self.check(purpose)
 
     def in_memory(self) -> Tensor:
-        """A copy that lies in memory as the weight did: by strides and alignment sums differ in their last bits."""
-        if self._past == 0 and self._strides == self.tensor.stride():
-            return self.tensor.clone()
-        extent = 1 + sum((n - 1) * stride for n, stride in zip(self.tensor.shape, self._strides, strict=True))
-        room = torch.empty(extent + _ALIGNMENT // self.tensor.element_size(), dtype=self.tensor.dtype)
-        start = (self._past - room.data_ptr()) % _ALIGNMENT // room.element_size()
-        return room.as_strided(self.tensor.shape, self._strides, start).copy_(self.tensor)
+        """A copy in the host's memory, laid out as the weight was where that had no gaps and no overlap."""
+        return copied(self.tensor, self._strides, self._misalignment)
 
     def __deepcopy__(self, memo: dict) -> Mapped:
         return self
 
     def __reduce__(self) -> tuple:
         return type(None), ()
+
+
+def copied(tensor: Tensor, strides: tuple[int, ...], misalignment: int) -> Tensor:
+    """A copy in the host's memory with these strides, unless they leave gaps or overlap, and so far behind `ALIGNMENT`.
+
+    By both the sums of a product differ in their last bits.
+    """
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
+    dense = extent == tensor.numel() and 0 not in strides
+    if not dense or (misalignment == 0 and strides == tensor.stride()):
+        return tensor.clone()
+    room = torch.empty(extent + ALIGNMENT // tensor.element_size(), dtype=tensor.dtype)
+    start = (misalignment - room.data_ptr()) % ALIGNMENT // room.element_size()
+    return room.as_strided(tensor.shape, strides, start).copy_(tensor)
 
 
 class Keeper:
@@ -177,12 +186,12 @@ _lock = threading.RLock()
 
 def _write(weight: Tensor) -> Mapped:
     global _folder
-    like, weight, path = weight, weight.detach().cpu().contiguous(), None
+    kept, path = weight.detach().cpu().contiguous(), None
     # By hand: the library's own writer makes two copies of the weight first.
-    kind = next(name for name, dtype in _DTYPES.items() if dtype == weight.dtype)
-    about = {"weight": {"dtype": kind, "shape": list(weight.shape), "data_offsets": [0, weight.nbytes]}}
+    kind = next(name for name, dtype in _DTYPES.items() if dtype == kept.dtype)
+    about = {"weight": {"dtype": kind, "shape": list(kept.shape), "data_offsets": [0, kept.nbytes]}}
     header = json.dumps(about).encode()
-    header += b" " * (-(8 + len(header)) % _ALIGNMENT)
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
     try:
         with _lock:
             if _folder is None or not os.path.isdir(_folder):
@@ -191,7 +200,7 @@ def _write(weight: Tensor) -> Mapped:
             stream = open(path, "xb", buffering=0)
         with stream:
             stream.write(len(header).to_bytes(8, "little") + header)
-            left = memoryview((ctypes.c_char * weight.nbytes).from_address(weight.data_ptr()))
+            left = memoryview((ctypes.c_char * kept.nbytes).from_address(kept.data_ptr()))
             while left:  # one call writes at most 2 GiB
                 left = left[stream.write(left) :]
     except BaseException as error:
@@ -204,8 +213,8 @@ def _write(weight: Tensor) -> Mapped:
             'keep="memory"'
         ) from error
     start = 8 + len(header)
-    storage = torch.UntypedStorage.from_file(str(path), False, start + weight.nbytes)
-    return Mapped(like, _view(storage, start, weight), path)
+    storage = torch.UntypedStorage.from_file(str(path), False, start + kept.nbytes)
+    return Mapped(weight, _view(storage, start, kept), path)
 
 
 def _remove(path: str, owner: int) -> None:

@@ -2,7 +2,8 @@
 
 Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv:2306.00978,
 equations 4 and 5: s = mean |x| ** a, with the exponent a in [0, 1] of least output error, and then the search for
-clipped ranges that its authors add, also by output error. The inputs are divided by s inside the layer.
+clipped ranges that its authors add, also by output error, which goes on by least squares here. The inputs are divided
+by s inside the layer.
 """
 
 import torch

@@ -22,39 +22,41 @@ def clipped(
     dtype: torch.dtype,
     error: Callable[[Tensor], Tensor],
 ) -> Levels:
-    """Levels for `weight` (N, K) whose ranges are scaled, each group by the factor of least error.
+    """Levels for `weight` (N, K) whose ranges are scaled, each group by the factor of least error that a search finds.
 
     `error` takes what rounding changed, f32 (N, G, group), zeros filling a short last group, to an error (N, G): a
     quadratic form, such as a sum of squares. Groups that share one scale are chosen for by their sum; of equal errors
-    the first factor of FACTORS counts. From the best of these, least squares goes on: the values q that a group has got
-    would be nearest to it as t * q, and the factor times t is taken where its own values are nearer still.
+    the first factor of FACTORS counts. From there least squares goes on, `REFITS` times: of the values q that a group
+    got, t * q has the least error for t = B(q, w) / B(q, q), where B is the form's product; a range scaled by the
+    factor times t is taken if its error is less.
     """
+    group = grid.group_of(weight.shape[1])
 
-    def size(values: Tensor, group: int) -> Tensor:
+    def size(values: Tensor) -> Tensor:
         found = error(grouped(values, group))
         return found.sum().expand_as(found) if grid.group < 0 else found
 
-    def rounded(factor: Tensor) -> tuple[Tensor, Tensor, int]:
+    def rounded(factor: Tensor) -> tuple[Tensor, Tensor]:
         levels = grid.fit(weight, dtype, clip=factor)
         values = grid.values(grid.nearest(weight, levels), levels)
-        return size(values - weight, levels.group), values, levels.group
+        return size(values - weight), values
 
     least = best = None
     for factor in FACTORS:
-        found, _, group = rounded(weight.new_full((), factor))
+        found, _ = rounded(weight.new_full((), factor))
         if least is None:
             least, best = found, torch.full_like(found, factor)
         else:
             better = found < least
             least, best = torch.where(better, found, least), best.masked_fill(better, factor)
-    whole = size(weight, group)
+    whole = size(weight)
     for _ in range(REFITS):
-        _, values, _ = rounded(best)
-        own = size(values, group)
-        # From E(q - w) = E(q) - 2 B(q, w) + E(w), of which B(q, w) / E(q) is the t of least E(t * q - w).
+        _, values = rounded(best)
+        own = size(values)
+        # E(q - w) = E(q) - 2 B(q, w) + E(w), and E(q) is B(q, q).
         t = (own + whole - least) / (2 * own)
         moved = torch.where(t.isfinite() & (t > 0), best * t, best)
-        found, _, _ = rounded(moved)
+        found, _ = rounded(moved)
         better = found < least
         least, best = torch.where(better, found, least), torch.where(better, moved, best)
     return grid.fit(weight, dtype, clip=best)

@@ -48,7 +48,7 @@ class LearnedGrid(Grid):
         return levels
 
     def _table_for(self, weight: Tensor, levels: Levels, importance: Tensor | None) -> Levels:
-        """`levels` with the table that clusters the weight divided by their scale, from the table that they have on."""
+        """`levels` with a table that clusters the weight divided by their scale, beginning with the table they have."""
         scale = levels.spread(levels.scale, slice(None), weight.shape[1])
         scaled = weight / scale.where(scale > 0, 1)
         mass = (scale.square() if importance is None else scale.square() * importance).expand_as(scaled)

@@ -250,8 +250,9 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator
     size = 0
     for name, tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # a piece of a larger storage: safetensors takes it for shared
+        memory = tensor.untyped_storage()
+        if memory.nbytes() != tensor.nbytes or any(t.data_ptr() == tensor.data_ptr() for t in shard.values()):
+            tensor = tensor.clone()  # safetensors refuses what is shared
         if shard and size + tensor.nbytes > shard_bytes:
             yield shard
             shard, size = {}, 0

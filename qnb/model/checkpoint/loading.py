@@ -187,28 +187,31 @@ class _Assign:
 def _arrival(model: nn.Module, stored: _Stored) -> Iterator[Place | LetGo | _Assign]:
     """The steps that put a checkpoint into a model of the same layers. Raises `BadCheckpoint` where it does not fit."""
     used: set[str] = set()
-    new: dict[str, nn.Module] = {}
+    new: dict[str, nn.Module] = {}  # layers
+    blocks: dict[str, nn.Module] = {}  # of experts
     places: list[Place | LetGo] = []
     for site in find_sites(model) if stored.find is None else sites_in_place(model):
         form = stored.form(site.name, site.module)
         if form is None:
             continue
-        layer = _layer(site.module, stored.variant(site.name, form, site.shape), site.module.weight.dtype)
+        if site.refused is not None:
+            raise BadCheckpoint(f"layer {site.name} cannot run the integers of the checkpoint: {site.refused}")
+        weight, variant = site.module.weight, stored.variant(site.name, form, site.shape)
+        layer = _layer(site.module, variant if weight.is_meta else variant.to(weight.device), weight.dtype)
         used |= {f"{site.name}.{part}" for part in stored.names(form)}
         new[site.name] = layer
         places += [Place(parent, child, site.module, layer) for parent, child in site.places]
-        block = site.block
-        if block is not None and block not in new:
-            new[block], old = site.stack.layers, site.stack.layers.block
-            places += [Place(parent, child, old, new[block]) for parent, child in site.stack.places]
-            places.append(LetGo(new[block], old))
+        if site.block is not None and site.block not in blocks:
+            experts = blocks[site.block] = site.stack.layers
+            places += [Place(parent, child, experts.block, experts) for parent, child in site.stack.places]
+            places.append(LetGo(experts, experts.block))
     if stored.find is None:
         if unknown := [name for name in stored.recipe.layers if name not in new]:
             raise BadCheckpoint(f"the checkpoint has a layer {one_line(unknown[0], 80)} that the model has not")
     if not new:
         raise BadCheckpoint("the checkpoint's targets match no linear layer of the model")
     yield from places
-    yield from fill(model, new, used, stored.tensors)
+    yield from fill(model, new | blocks, used, stored.tensors)
 
 
 def fill(model: nn.Module, new: Mapping[str, nn.Module], used: set[str], tensors: Tensors) -> Iterator[_Assign]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -99,8 +100,8 @@ def save(
             what = next((words for kind, words in _OURS_ALONE.items() if isinstance(module, kind)), None)
             if what is not None:
                 raise NotSaveable(
-                    f'{name} {what}, which {format or FORMATS[0]} is not written for here: save with format="qnb", or '
-                    "leave it as it was"
+                    f'{name} {what}, and qnb writes {format or FORMATS[0]} without such: save with format="qnb", or '
+                    f"put it back first, qnb.quantize(model, 'none', layers={name!r})"
                 )
     own_texts, tokenizer = remembered(model, tokenizer)
     write = {"qnb": _write_native, "gguf": _write_gguf}.get(format, _write_compressed)
@@ -163,8 +164,12 @@ def _write_gguf(model, layers, aside: Path, shard_bytes: int, tokenizer) -> tupl
 def _tensors(
     model: nn.Module, variants: dict[str, Variant], parts: Callable[[Variant], dict[str, Tensor]], folded: Folded | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all that is saved, one layer at a time; a shared tensor once, under its first name."""
+    """Name and tensor of all that is saved, one layer at a time; a shared tensor once, under its first name.
+
+    Where the saved configuration unties embeddings, it is under each name: then all that a model ties comes apart.
+    """
     seen: set[int] = set()
+    untied = _comes_apart(model)
     other = {} if folded is None else folded.tensors
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -176,8 +181,20 @@ def _tensors(
                 continue
             if tensor.is_meta:
                 raise NotSaveable(f"{prefix}{name} is on the meta device, without values: load the weights first")
-            seen.add(id(tensor))
+            if not untied:
+                seen.add(id(tensor))
             yield prefix + name, other.get(prefix + name, tensor)
+
+
+def _comes_apart(model: nn.Module) -> bool:
+    """Whether a tied embedding is quantized: integers, and another thing than the layer that it was tied to."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return False
+    tied = []
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(NotImplementedError, AttributeError):  # models without such a layer raise
+            tied.append(getattr(model, method)())
+    return any(isinstance(layer, QLayer) for layer in tied)
 
 
 def _write_config(model: nn.Module, aside: Path, quantization: dict | None) -> None:
@@ -186,9 +203,8 @@ def _write_config(model: nn.Module, aside: Path, quantization: dict | None) -> N
         del config.quantization_config
     config.architectures = [type(model).__name__]
     config.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), config.dtype)
-    both = (getattr(model, get, lambda: None) for get in ("get_input_embeddings", "get_output_embeddings"))
-    if getattr(config, "tie_word_embeddings", False) and any(isinstance(get(), QLayer) for get in both):
-        config.tie_word_embeddings = False  # integers and the other embedding are two things now
+    if _comes_apart(model):
+        config.tie_word_embeddings = False
     try:
         config.save_pretrained(aside)
         if getattr(model, "generation_config", None) is not None:

@@ -25,6 +25,7 @@ from qnb.errors import BadCheckpoint, BadInput, NotQuantized
 from qnb.model.checkpoint.files import Tensors, as_bytes, checkpoint_directory, pieces_of
 from qnb.model.checkpoint.loading import fill
 from qnb.model.checkpoint.skeleton import model_from, read_config
+from qnb.model.disk import ALIGNMENT, copied
 from qnb.model.experts import is_block_of_experts
 from qnb.model.linear import quantized_layers
 from qnb.model.quantize import quantize
@@ -54,8 +55,8 @@ def from_pretrained(
     Peak memory is the result and the originals of one batch of layers (256 MiB, or one layer that is larger), where
     nothing needs calibration; with calibration the whole model is mapped, in pages that the system can take back.
     Unless keep="none", the files stay the originals: they must not change, which is noticed, and `restore` compares
-    their hash first. Raises `BadCheckpoint` for a directory that is none, or is quantized already, and whatever
-    `quantize` raises.
+    their hash first. Raises `BadCheckpoint` for a directory that is none, is quantized already, or holds a mixture of
+    experts, and whatever `quantize` raises.
     """
     if dtype is not None and dtype not in FLOATS:
         raise BadInput(f"dtype={dtype!r}: give torch.float32, torch.bfloat16 or torch.float16")
@@ -67,9 +68,9 @@ def from_pretrained(
     stored = next((f.dtype for f in files.values() if f.dtype is not None), torch.float32)
     model = model_from(directory, stored)
     for name, module in model.named_modules():
-        if is_block_of_experts(module) and f"{name}.down_proj" not in tensors:
+        if is_block_of_experts(module):
             raise BadCheckpoint(
-                f"the experts of {name} lie in the files under names that transformers alone puts together: load the "
+                f"{name} is a mixture of experts, whose weights are not quantized one by one while they load: load the "
                 "model with transformers, then call qnb.quantize"
             )
     sites = _meant(model, scheme, how)
@@ -115,8 +116,8 @@ class Original:
             )
 
     def in_memory(self) -> Tensor:
-        """A copy in memory."""
-        return self.tensor.clone()
+        """A copy in memory, laid out as in the file."""
+        return copied(self.tensor, self.tensor.stride(), self.tensor.data_ptr() % ALIGNMENT)
 
     def __deepcopy__(self, memo: dict) -> Original:
         return self

@@ -43,11 +43,22 @@ _COMPARED = ("progress", "speed", "metric", "why_no_metric", "weight_bytes")
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """A change that was asked for. With a budget, what to become is searched, once the layers are these."""
+    """A change that was asked for. With a budget, what to become is searched, once the layers are these.
+
+    `names` are the layers that were meant; None means all, so that the others go back to their originals.
+    """
 
     layers: Layers
     words: str
     budget: auto.Budget | None = None
+    names: frozenset[str] | None = None
+
+    def beside(self, actual: Layers) -> Layers:
+        """What the layers are to be in a model that is `actual` now: a cell may have changed others meanwhile."""
+        if self.names is None:
+            return self.layers
+        others = {name: how for name, how in actual.items() if name not in self.names}
+        return others | {name: how for name, how in self.layers.items() if name in self.names}
 
 
 class Session:
@@ -169,13 +180,16 @@ class Session:
                 if name in self.refused:
                     raise LayerRefused(f"layer {name} cannot be quantized: {self.refused[name]}")
         with self._lock:
-            target = dict(self._wanted.layers if self._wanted else self.present.layers)
+            before = self._wanted
+            target = dict(before.layers if before else self.present.layers)
             for name in names:
                 if found.grid is None:
                     target.pop(name, None)
                 else:
                     target[name] = (found.name, rounding)
-            self._want(target, f"{found.name if found.grid else 'original'}: {in_words(names, self.globbed)}")
+            meant = None if before and before.names is None else frozenset(names).union(before.names if before else ())
+            words = f"{found.name if found.grid else 'original'}: {in_words(names, self.globbed)}"
+            self._want(target, words, names=meant)
 
     def become(self, wanted: Layers, words: str) -> None:
         """Lets the model run these layers quantized and no others."""
@@ -249,9 +263,15 @@ class Session:
 
     # In the thread
 
-    def _want(self, target: Layers, words: str, budget: auto.Budget | None = None) -> None:
+    def _want(
+        self,
+        target: Layers,
+        words: str,
+        budget: auto.Budget | None = None,
+        names: frozenset[str] | None = None,
+    ) -> None:
         with self._lock:
-            self._wanted = _Wanted(target, words, budget)
+            self._wanted = _Wanted(target, words, budget, names)
             self._worker.request()
 
     def _move(self, by: int) -> None:
@@ -275,7 +295,7 @@ class Session:
             return
         words = wanted.words
         try:
-            self._apply(model, actual, wanted.layers)
+            self._apply(model, actual, wanted.beside(actual))
             self.board.message = None
             if wanted.budget is not None:
                 self._arrive(model, wanted.layers, wanted.words)
