@@ -385,9 +385,7 @@ def test_a_layer_alone_folds_without_new_codes(tmp_path):
     qnb.quantize(model, "w4a16-g32", layers="*.up_proj")
     saved = qnb.save(model, tmp_path / "saved", texts=tokens())
     assert "new codes" not in saved.notes[0]
-    # Last bits of floats alone, which move an input that lies half-way between two codes to the other: a few of the
-    # 60,000 here. One that moves is off by a step, while rounding costs each of them a twelfth of a squared step.
-    assert saved.folding_kl < 0.01 * mean_kl(tiny(num_key_value_heads=4), model, tokens(), None)
+    assert saved.folding_kl < 1e-6  # float rounding alone
     again = quantized_layers(qnb.load(tmp_path / "saved"))
     for name, layer in quantized_layers(model).items():
         assert torch.equal(again[name].variant.codes(), layer.variant.codes())

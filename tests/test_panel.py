@@ -185,6 +185,21 @@ class TestChanging:
         assert one.recipe() == {} and one._head.value == two._head.value
 
 
+def kept_busy(panel, monkeypatch) -> threading.Event:
+    """Lets the panel measure until the event is set."""
+    measuring, go_on = threading.Event(), threading.Event()
+
+    def measure(model, step, check):
+        measuring.set()
+        assert go_on.wait(20)
+        check()
+
+    monkeypatch.setattr(panel.session.stages, "run", measure)
+    panel.session._worker.request()
+    assert measuring.wait(20)
+    return go_on
+
+
 class TestControls:
     def test_the_dropdown_changes_the_selection_and_follows_it(self, model, open_panel):
         panel = open_panel(model)
@@ -204,16 +219,7 @@ class TestControls:
     def test_what_a_cell_did_while_the_panel_was_busy_is_taken_in(self, model, open_panel, monkeypatch):
         panel = open_panel(model)
         panel.settle()
-        measuring, go_on = threading.Event(), threading.Event()
-
-        def measure(model, step, check):
-            measuring.set()
-            assert go_on.wait(20)
-            check()
-
-        monkeypatch.setattr(panel.session.stages, "run", measure)
-        panel.session._worker.request()
-        assert measuring.wait(20)
+        go_on = kept_busy(panel, monkeypatch)
         qnb.quantize(model, "w8a16", layers=UP, progress=False)
         panel.session.look_around()
         go_on.set()
@@ -223,16 +229,7 @@ class TestControls:
     def test_what_a_cell_did_while_a_click_waited_stays(self, model, open_panel, monkeypatch):
         panel = open_panel(model)
         panel.settle()
-        measuring, go_on = threading.Event(), threading.Event()
-
-        def measure(model, step, check):
-            measuring.set()
-            assert go_on.wait(20)
-            check()
-
-        monkeypatch.setattr(panel.session.stages, "run", measure)
-        panel.session._worker.request()
-        assert measuring.wait(20)
+        go_on = kept_busy(panel, monkeypatch)
         panel.set("*.q_proj", "w8a16")
         panel.set("*.k_proj", "w8a16")
         qnb.quantize(model, "w8a8", layers=[UP, "*.0.*.k_proj"], progress=False)

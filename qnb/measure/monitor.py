@@ -371,8 +371,7 @@ class Monitor:
         if this.timed and self._accelerated:
             synchronize(self._devices)
         seconds = time.perf_counter() - this.began
-        if this.look is not None:
-            this.drop()
+        this.drop()
         if output is None:  # the pass failed: it answered nothing
             return
         seen = {} if this.look is None else this.look.seen()

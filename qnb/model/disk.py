@@ -26,6 +26,7 @@ from qnb.errors import BadInput, NotQuantized
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIGNMENT = 64  # bytes, of what torch allocates
+_MOST_ROOM = 4  # times its own size, that a copy may take to keep its strides
 _CHUNK = 1 << 24  # bytes that are compared at a time
 
 
@@ -55,7 +56,7 @@ class Mapped:
         self.check(purpose)
 
     def in_memory(self) -> Tensor:
-        """A copy in the host's memory, laid out as the weight was where that had no gaps and no overlap."""
+        """A copy in the host's memory, laid out as the weight was, see `copied`."""
         return copied(self.tensor, self._strides, self._misalignment)
 
     def __deepcopy__(self, memo: dict) -> Mapped:
@@ -66,15 +67,15 @@ class Mapped:
 
 
 def copied(tensor: Tensor, strides: tuple[int, ...], misalignment: int) -> Tensor:
-    """A copy in the host's memory with these strides, unless they leave gaps or overlap, and so far behind `ALIGNMENT`.
+    """A copy in the host's memory with these strides, and so far behind `ALIGNMENT`: both decide a product's last bits.
 
-    By both the sums of a product differ in their last bits.
+    Not where elements overlap, or the weight was a piece of something far larger, whose room a copy would take as well.
     """
     extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
-    dense = extent == tensor.numel() and 0 not in strides
-    if not dense or (misalignment == 0 and strides == tensor.stride()):
+    apart = 0 not in strides and extent <= _MOST_ROOM * tensor.numel()
+    if not apart or (misalignment == 0 and strides == tensor.stride()):
         return tensor.clone()
-    room = torch.empty(extent + ALIGNMENT // tensor.element_size(), dtype=tensor.dtype)
+    room = torch.zeros(extent + ALIGNMENT // tensor.element_size(), dtype=tensor.dtype)
     start = (misalignment - room.data_ptr()) % ALIGNMENT // room.element_size()
     return room.as_strided(tensor.shape, strides, start).copy_(tensor)
 

@@ -53,7 +53,8 @@ if sys.version_info >= (3, 12):  # collects between two instructions alone
 
 else:
     _lock = threading.RLock()
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+    if hasattr(os, "register_at_fork"):  # Windows does not fork
+        os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
     def _still(look: Callable[[], _Found]) -> _Found:
         with _lock:
@@ -83,8 +84,6 @@ class _Frame(ctypes.Structure):
 
 
 def _by_address(frame: FrameType) -> object:
-    if type(frame) is not FrameType:
-        return None
     seen = _Frame.from_address(id(frame) + object.__basicsize__)
     return _still(lambda: _read(seen))
 

@@ -247,16 +247,17 @@ def write_json(path: Path, value: object) -> None:
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
+    held: set[int] = set()  # where the shard's tensors begin
     size = 0
     for name, tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage()
-        if memory.nbytes() != tensor.nbytes or any(t.data_ptr() == tensor.data_ptr() for t in shard.values()):
+        if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in held:
             tensor = tensor.clone()  # safetensors refuses what is shared
         if shard and size + tensor.nbytes > shard_bytes:
             yield shard
-            shard, size = {}, 0
+            shard, held, size = {}, set(), 0
         shard[name] = tensor
+        held.add(tensor.data_ptr())
         size += tensor.nbytes
     yield shard
 
