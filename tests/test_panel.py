@@ -779,6 +779,32 @@ class TestBadInput:
 
 
 class TestShowing:
+    def test_a_heading_never_comes_before_what_it_names(self, model, open_panel):
+        panel = open_panel(model)
+        panel.settle()
+        held = panel._figures.value
+        seen = []
+        panel._head.observe(lambda change: seen.append((change["new"], panel._figures.value != held)), "value")
+        panel.set(UP, "w8a8")
+        panel.settle()
+        named = [other for heading, other in seen if f"w8a8: {UP}" in heading]
+        assert named and all(named)
+
+    def test_whoever_waited_sees_every_panel_at_rest(self, model, open_panel, monkeypatch):
+        panel = open_panel(model)
+        panel.settle()
+        show = panel._show
+
+        def late() -> None:
+            if not panel.session.busy:
+                time.sleep(0.2)
+            show()
+
+        monkeypatch.setattr(panel, "_show", late)
+        panel.set(UP, "w8a8")
+        panel.session.settle()
+        assert "settled" in panel._head.value and "qnb-still" in panel._head.value
+
     def test_the_record_holds_map_figures_and_steps(self, model, open_panel):
         panel = open_panel(model)
         panel.set(UP, "w8a8")

@@ -365,7 +365,6 @@ class Panel:
         faces = self._faces()
         self._put(self.map, "faces", [[f.words, f.paper, f.ink, f.title] for f in faces])
         self._put(self._legend, "value", html.legend(faces, self._mode, session))
-        self._put(self._head, "value", html.header(session))
         self._put(self._message, "value", html.message(session, self._error))
         self._put(self._selection, "value", self._selection_html())
         self._show_choice()
@@ -380,6 +379,8 @@ class Panel:
         self._put(self._layer, "value", html.layer(session, self._looked_at()))
         self._put(self._history, "history", self._history_data())
         self._put(self._history, "code", self.code())
+        # Last: a page whose heading names a step, or says that it is settled, shows that step's figures already.
+        self._put(self._head, "value", html.header(session))
 
     def _show_choice(self) -> None:
         """The dropdowns say what the selected layers are; where they differ, or a change was refused, they go back."""

@@ -32,6 +32,7 @@ class Worker:
         self._asked, self._done = 0, -1
         self._thread: threading.Thread | None = None
         self.busy = self.closed = False
+        self._resting = False  # while `rested` is called
 
     def request(self) -> None:
         """Asks for a turn; returns at once."""
@@ -45,10 +46,10 @@ class Worker:
                 self._thread.start()
 
     def settle(self, timeout_s: float | None = None) -> bool:
-        """Waits until nothing is left to do; returns whether that is so."""
+        """Waits until nothing is left to do and `rested` has been called; returns whether that is so."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            while self.busy:
+            while self.busy or self._resting:
                 if until is not None and time.monotonic() >= until:
                     return False
                 self._changed.wait(0.05)
@@ -67,8 +68,7 @@ class Worker:
         while True:
             with self._changed:
                 if self._done == self._asked or self.closed:
-                    self.busy = False
-                    self._changed.notify_all()
+                    self.busy, self._resting = False, True
                     break
                 mine = self._asked
             try:
@@ -79,7 +79,12 @@ class Worker:
             except BaseException as problem:
                 self._done = mine
                 self._failed(problem)
-        self._rested()
+        try:
+            self._rested()
+        finally:
+            with self._changed:
+                self._resting = False
+                self._changed.notify_all()
 
     def _check(self, mine: int) -> None:
         if self._asked != mine or self.closed:
