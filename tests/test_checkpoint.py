@@ -85,10 +85,11 @@ def test_live_saved_and_reloaded_are_the_same_bits(scheme, dtype, tmp_path):
         qnb.restore(again)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "mse"])  # whose 4-bit scales are negative where that is better
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static-aasym", "w8a16", "w4a16-g32"])
-def test_plain_transformers_reads_it_and_we_attach_to_what_it_read(scheme, tmp_path):
+def test_plain_transformers_reads_it_and_we_attach_to_what_it_read(scheme, rounding, tmp_path):
     model = tiny()
-    qnb.quantize(model, scheme, calibration=tokens())
+    qnb.quantize(model, scheme, rounding=rounding, calibration=tokens())
     qnb.save(model, tmp_path / "saved")
     theirs = plain(tmp_path / "saved")
     report = qnb.attach(theirs)
@@ -98,10 +99,12 @@ def test_plain_transformers_reads_it_and_we_attach_to_what_it_read(scheme, tmp_p
         ours = quantized_layers(model)[name].variant
         assert layer.scheme == scheme
         assert all(torch.equal(t, ours.tensors()[key]) for key, t in layer.variant.tensors().items())
+        assert bool((ours.levels.scale < 0).any()) is (scheme.startswith("w4") and rounding == "mse")
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "mse"])
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "w8a16", "w4a16-g32"])
-def test_each_layer_of_plain_transformers_agrees_within_derived_bounds(scheme, tmp_path):
+def test_each_layer_of_plain_transformers_agrees_within_derived_bounds(scheme, rounding, tmp_path):
     """Weights the same; activations, where they are rounded, at most a step and a half apart.
 
     Ours rounds dynamic activations by absmax / 127 and theirs by absmax / 127.5: half a step from the true value each,
@@ -109,7 +112,7 @@ def test_each_layer_of_plain_transformers_agrees_within_derived_bounds(scheme, t
     where f32 division meets a tie: no more than one step.
     """
     model = tiny()
-    qnb.quantize(model, scheme, calibration=tokens())
+    qnb.quantize(model, scheme, rounding=rounding, calibration=tokens())
     qnb.save(model, tmp_path / "saved")
     theirs = plain(tmp_path / "saved")
     logits(theirs)  # decompressed now
@@ -742,11 +745,12 @@ def rotated_back(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rounding", ["nearest", "mse"])
 @pytest.mark.parametrize(("scheme", "kind"), [("w8a16-g32", "Q8_0"), ("w4a16-g32", "Q4_0")])
-def test_gguf_is_our_codes(scheme, kind, dtype, tmp_path):
+def test_gguf_is_our_codes(scheme, kind, rounding, dtype, tmp_path):
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     model = tiny(dtype)
-    qnb.quantize(model, scheme)
+    qnb.quantize(model, scheme, rounding=rounding)
     saved = qnb.save(model, tmp_path / "saved", format="gguf")
     assert saved.files == ("model.gguf",)
     path = tmp_path / "saved" / "model.gguf"

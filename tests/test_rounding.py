@@ -11,7 +11,7 @@ import qnb
 from qnb import rounding, schemes
 from qnb.errors import BadInput, UnknownRounding
 from qnb.rounding import Statistics
-from qnb.rounding.clipping import FACTORS, REFITS
+from qnb.rounding.clipping import BOTH_WAYS, FACTORS, REFITS
 from qnb.rounding.gptq import inverse_factor
 from qnb.schemes.plain import build
 
@@ -120,9 +120,10 @@ def test_a_hessian_that_is_not_positive_definite_is_damped_and_that_is_said(case
         inverse_factor(torch.full((4, 4), torch.nan))
 
 
-def least_error(found):
+def least_error(found, grid):
     """Of the search for a clipped range: `found(factor)` is the error, and by what its values are best multiplied."""
-    (error, t), factor = min(((found(f), f) for f in FACTORS), key=lambda pair: pair[0][0])
+    factors = BOTH_WAYS if grid.lopsided else FACTORS
+    (error, t), factor = min(((found(f), f) for f in factors), key=lambda pair: pair[0][0])
     for _ in range(REFITS):
         moved = factor * t
         if found(moved)[0] < error:
@@ -149,7 +150,24 @@ def test_mse_takes_the_share_of_the_range_with_the_least_squared_error(case, sch
                 return float((m * (q - w).square()).sum()), float((m * q * w).sum() / (m * q * q).sum())
 
             q = grid.values(got.codes, got.levels).double()[here]
-            assert math.isclose(float((m * (q - w).square()).sum()), least_error(found), rel_tol=1e-4)
+            assert math.isclose(float((m * (q - w).square()).sum()), least_error(found, grid), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w3a16-g32", "w2a16-channel", "nf4-g32"])
+def test_a_weight_costs_as_much_as_its_negation(scheme):
+    """Though a lopsided grid reaches further on one side of 0: the scale's sign says on which."""
+    asked = schemes.find(scheme)
+    grid = asked.grid
+    values = torch.tensor(grid.table) if scheme == "nf4-g32" else torch.arange(grid.low, grid.high + 1.0)
+    weight = 0.25 * values.repeat(32)[:64].view(2, 32)
+    for sign in (1, -1):
+        levels = grid.fit(sign * weight, torch.bfloat16)
+        got, _ = chosen("mse", scheme, sign * weight, None, torch.bfloat16)
+        assert torch.equal(got.levels.scale.sign(), torch.full_like(levels.scale, sign))
+        size = (grid.values(got.codes, got.levels) - sign * weight).square().sum()
+        assert size < 1e-3 * weight.square().sum()
+        assert torch.equal(got.codes, chosen("mse", scheme, weight, None, torch.bfloat16)[0].codes)
+        assert (chosen("nearest", scheme, sign * weight, None)[0].levels.scale > 0).all()
 
 
 def lloyd(values: Tensor, mass: Tensor, centres: Tensor) -> Tensor:
@@ -224,7 +242,7 @@ def test_awq_is_equations_4_and_5_of_the_paper(case, rows):
                 return float((given - wanted).square().sum()), float(given @ wanted / (given @ given))
 
             error = float((outputs(got.codes, got.levels) - wanted).square().sum())
-            assert math.isclose(error, least_error(found), rel_tol=1e-3)
+            assert math.isclose(error, least_error(found, grid), rel_tol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["mse", "gptq", "awq", "nearest"])

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qnb.schemes.grid import Grid, Levels
 
-# Shares of each group's range. Above 1: a symmetric grid has a code more below zero than above, so that a group whose
-# widest weight is positive may want the step that puts this weight on the last code.
-FACTORS = (1.0, 1.06, 1.03, *(1 - i / 50 for i in range(1, 36)))
+FACTORS = tuple(1 - i / 50 for i in range(36))  # shares of each group's range
+# A grid that is tried both ways round gets every second of them, which costs the same.
+BOTH_WAYS = (*FACTORS[::2], *(-factor for factor in FACTORS[::2]))
 REFITS = 2
 
 
@@ -26,9 +26,10 @@ def clipped(
 
     `error` takes what rounding changed, f32 (N, G, group), zeros filling a short last group, to an error (N, G): a
     quadratic form, such as a sum of squares. Groups that share one scale are chosen for by their sum; of equal errors
-    the first factor of FACTORS counts. From there least squares goes on, `REFITS` times: of the values q that a group
-    got, t * q has the least error for t = B(q, w) / B(q, q), where B is the form's product; a range scaled by the
-    factor times t is taken if its error is less.
+    the first factor counts. A lopsided grid is tried both ways round, so that a group's widest weight can lie on the
+    side with a level more: codes in [-8, 7] then spend it as llama.cpp's Q4_0 does. From there least squares goes on,
+    `REFITS` times: of the values q that a group got, t * q has the least error for t = B(q, w) / B(q, q), where B is
+    the form's product; a range scaled by the factor times t is taken if its error is less.
     """
     group = grid.group_of(weight.shape[1])
 
@@ -42,7 +43,7 @@ def clipped(
         return size(values - weight), values
 
     least = best = None
-    for factor in FACTORS:
+    for factor in BOTH_WAYS if grid.lopsided else FACTORS:
         found, _ = rounded(weight.new_full((), factor))
         if least is None:
             least, best = found, torch.full_like(found, factor)

@@ -1,8 +1,9 @@
 """mse: each group's range is clipped so that the squared error of its weights is least, then as `nearest`.
 
 The search is that of OMSE (Choukroun et al. 2019, "Low-bit quantization of neural networks for efficient inference",
-arXiv:1902.06822), over shares of the range, and goes on from the best of them by least squares. With calibration,
-errors are weighted by the mean square of each input: the diagonal of the error of the outputs.
+arXiv:1902.06822), over shares of the range, and goes on from the best of them by least squares. Below 8 bits a
+symmetric grid has a level more below 0 than above; a negative scale gives it to the weights above, where that is
+better. With calibration, errors are weighted by the mean square of each input: the diagonal of the outputs' error.
 """
 
 import torch

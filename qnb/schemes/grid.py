@@ -66,6 +66,7 @@ class Grid(ABC):
     bits: int
     group: int
     learns: ClassVar[bool] = False  # whether `importance` makes it better
+    lopsided: bool = False  # whether it reaches further on one side of 0, so that a negative scale is worth trying
 
     @abstractmethod
     def fit(
@@ -73,8 +74,9 @@ class Grid(ABC):
     ) -> Levels:
         """Levels for `weight` (N, K) f32, whose scales `dtype` holds exactly.
 
-        clip        f32 (N, G) or one for all, factors above 0 on each group's range; below 1 steps are smaller and the
-                    largest weights saturate
+        clip        f32 (N, G) or one for all, factors on each group's range; below 1 steps are smaller and the largest
+                    weights saturate; of a lopsided grid a negative one gives a negative scale, which turns the levels
+                    round: the other side of 0 is the one with the level more
         importance  f32 (K,), how much an error in each input counts, for grids that learn their levels
         """
 
@@ -124,6 +126,10 @@ class IntegerGrid(Grid):
     asym: bool = False
 
     @property
+    def lopsided(self) -> bool:
+        return not self.asym and self.bits < 8
+
+    @property
     def high(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
@@ -153,7 +159,7 @@ class IntegerGrid(Grid):
         """
         k = weight.shape[1] if k is None else k
         codes = scratch(weight, torch.int8)
-        divisor = levels.scale.where(levels.scale > 0, 1)
+        divisor = levels.scale.where(levels.scale != 0, 1)
         for rows, block in float_blocks(weight):
             block.div_(levels.spread(divisor[rows], columns, k))
             if levels.zero is None:
@@ -174,6 +180,10 @@ class TableGrid(Grid):
     group: int
     table: tuple[float, ...]
 
+    @property
+    def lopsided(self) -> bool:
+        return self.table != tuple(-value for value in reversed(self.table))
+
     def fit(self, weight, dtype, *, clip=None, importance=None):
         absmax = self._reduced(weight.float().abs(), torch.amax)
         scale = scale_of(absmax if clip is None else absmax * clip, 1, dtype)
@@ -188,7 +198,7 @@ class TableGrid(Grid):
 def nearest_in_table(weight: Tensor, levels: Levels, columns: slice | Tensor, k: int) -> Tensor:
     """u8 codes of the closest entries of the levels' rising table."""
     scale = levels.spread(levels.scale, columns, k)
-    scaled = weight.float() / scale.where(scale > 0, 1)
+    scaled = weight.float() / scale.where(scale != 0, 1)
     middle = (levels.table[1:] + levels.table[:-1]) / 2
     return torch.bucketize(scaled.contiguous(), middle).to(torch.uint8)
 
@@ -222,15 +232,15 @@ class Float8Grid(Grid):
 
 
 def scale_of(width: Tensor, steps: float, dtype: torch.dtype) -> Tensor:
-    """width / steps, rounded to `dtype`, in which it will be saved, as f32.
+    """width / steps, rounded to `dtype`, in which it will be saved, as f32; negative for a negative width.
 
-    A scale that `dtype` would round to zero becomes its smallest positive value: tiny weights survive.
+    A scale that `dtype` would round to zero becomes the value next to it: tiny weights survive.
     """
     # By a tensor, not a Python number: CUDA would multiply with the reciprocal.
     scale = (width / width.new_full((), steps)).to(dtype).float()
     limits = torch.finfo(dtype)
-    scale = scale.masked_fill((scale == 0) & (width > 0), limits.smallest_normal * limits.eps)
-    return scale.clamp(max=limits.max)
+    least = width.sign() * (limits.smallest_normal * limits.eps)
+    return torch.where(scale == 0, least, scale).clamp(-limits.max, limits.max)
 
 
 def _relu_max(values: Tensor, dim: int) -> Tensor:

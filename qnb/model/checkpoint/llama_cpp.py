@@ -137,7 +137,7 @@ def _blocks(variant: CodedVariant, order: Tensor | None) -> tuple[np.ndarray, fl
     half = scale.half()
     if not half.isfinite().all() or ((half == 0) & (scale != 0)).any():
         raise NotSaveable("a layer has scales outside what f16 holds, in which GGUF keeps them")
-    worst = float(((half.float() - scale).abs() / scale.where(scale > 0, 1)).max())
+    worst = float(((half.float() - scale) / scale.where(scale != 0, 1)).abs().max())
     d = half.view(n, k // _BLOCK, 1).view(torch.uint8)
     if variant.scheme.grid.bits == 8:
         body = codes.view(torch.uint8).view(n, k // _BLOCK, _BLOCK)
