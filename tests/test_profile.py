@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import mmap
+import re
 from statistics import fmean
 
 import pytest
@@ -432,6 +433,11 @@ class TestComparison:
             change(made(101.0, spread=1e-4).against(made(100.0, spread=1e-4)), "latency_ms").verdict == "within noise"
         )
         assert change(made(97.0, spread=1e-4).against(made(100.0, spread=1e-4)), "latency_ms").verdict == "better"
+
+    def test_where_runs_say_next_to_nothing_that_is_said(self):
+        found = change(made(100.0, spread=0.99).against(made(100.0, spread=0.99)), "latency_ms")
+        assert found.high > 10 * (1 + found.low) and found.verdict == "within noise"
+        assert re.fullmatch(r"unsteady: ×0\.\d+ to ×\d+\.?\d*", found.words)
 
     def test_intervals_are_the_same_each_time(self):
         a, b = (made(150.0).against(made(100.0)) for _ in range(2))

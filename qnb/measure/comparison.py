@@ -23,6 +23,8 @@ Verdict = Literal["worse", "better", "within noise", "unchanged", "unknown"]
 
 # Between two measurements of the same thing minutes apart; the interval, from within each, cannot see it.
 _DRIFT = 0.02
+# How many times the upper end of an interval of ratios may be the lower one: beyond, percents say less than factors.
+_UNSTEADY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +286,9 @@ def _percent(change: float, interval: Sequence[float] | None) -> str:
     ends = None if interval is None else (_one_percent(interval[0], ""), _one_percent(interval[1]))
     if ends is None or ends[1] == f"{ends[0]} %":
         return _one_percent(change)
+    low, high = 1 + interval[0], 1 + interval[1]
+    if high > _UNSTEADY * low:
+        return f"unsteady: ×{format_number(low, 2)} to ×{format_number(high, 2)}"
     return f"{_one_percent(change)} ({ends[0]} to {ends[1]})"
 
 
