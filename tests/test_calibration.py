@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -130,6 +131,27 @@ def test_the_statistics_are_those_of_plain_hooks(make):
         assert torch.allclose(got.mean_square.double(), exact.square().mean(0), rtol=1e-5)
         bound = len(x) * torch.finfo(torch.float32).eps * (exact.abs().T @ exact.abs() / len(x))
         assert ((got.hessian.double() - exact.T @ exact / len(x)).abs() <= bound + 1e-12).all(), name
+
+
+def test_what_another_thread_runs_meanwhile_is_not_counted():
+    model = llama()
+    texts, others = token_texts(), token_texts(2)[::-1]
+    expected = gathered(model, texts)
+    mine = threading.get_ident()
+
+    def serve(*_) -> None:
+        if threading.get_ident() == mine:
+            for text in others:
+                serving = threading.Thread(target=model, kwargs=text)
+                serving.start()
+                serving.join()
+
+    for at in (model, model.model.layers[1]):  # in the pass of the whole model, and of a block alone
+        handle = at.register_forward_pre_hook(serve)
+        found = gathered(model, texts)
+        handle.remove()
+        for name, wanted in expected.items():
+            assert found[name].rows == wanted.rows and torch.equal(found[name].hessian, wanted.hessian)
 
 
 def test_the_demo_model_runs_block_by_block():

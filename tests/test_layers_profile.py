@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 
 import pytest
@@ -14,8 +15,9 @@ import qnb
 from qnb.measure import ceilings as ceilings_module
 from qnb.measure import layers as layers_module
 from qnb.measure.ceilings import Ceilings, ceilings
-from qnb.measure.hooks import around_forwards
 from qnb.measure.layers import LayerProfile, LayerRow
+from qnb.model import hooks as hooks_module
+from qnb.model.hooks import around_forwards
 
 CPU = torch.device("cpu")
 cache_file = ceilings_module._cache_file
@@ -213,6 +215,35 @@ class TestTheModelIsLeftAsItWas:
         with pytest.raises(KeyboardInterrupt), around_forwards([model.blocks[0][0], second], print, print):
             pass
         assert self.hooks(model) == []
+
+    def test_an_interrupt_at_any_line_before_the_hooks_are_in_place_leaves_none(self):
+        model, inside = Blocks(), []
+        left = 0
+
+        def trace(frame, event, _):
+            nonlocal left
+            if frame.f_code.co_filename != hooks_module.__file__ or inside:
+                return None
+            if event == "line":
+                left -= 1
+                if left < 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        for at in range(1000):
+            left = at
+            sys.settrace(trace)
+            try:
+                with around_forwards([model.blocks[0][0], model.blocks[0][1]], print, print):
+                    inside.append(at)
+            except KeyboardInterrupt:
+                assert self.hooks(model) == [] and not inside
+            finally:
+                sys.settrace(None)
+            if inside:
+                break
+        assert at > 10 and self.hooks(model) == []
 
     def test_another_threads_pass_is_not_counted(self):
         layer, seen = nn.Linear(4, 4), []

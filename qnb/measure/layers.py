@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from qnb.measure.ceilings import Ceilings, ceilings
-from qnb.measure.hooks import around_forwards
 from qnb.measure.statistics import median
 from qnb.measure.token import Company
 from qnb.measure.workload import Workload
+from qnb.model.hooks import around_forwards
 from qnb.model.linear import QLinear
 from qnb.model.subject import devices_of, is_compiled, synchronize
 from qnb.progress import progress_bar

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qnb.model.hooks import hooked
 from qnb.model.inputs import Sample, to_device
 from qnb.model.linear import QLayer, original_pass, quantized_layers
 from qnb.model.subject import check_model, input_device, is_compiled
@@ -159,17 +160,12 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
 def _capturing(head: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
-    def capture(module: nn.Module, args: tuple) -> None:
+    def capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if args and isinstance(args[0], Tensor):
             seen.append(args[0])
 
-    try:
-        head.register_forward_pre_hook(capture)
+    with hooked([(head, capture)]):
         yield seen
-    finally:
-        # By value, not by handle: an interrupt may fall before a handle is assigned.
-        for number in [n for n, hook in head._forward_pre_hooks.items() if hook is capture]:
-            del head._forward_pre_hooks[number]
 
 
 def _key(sample: Sample) -> bytes | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from qnb.model.hooks import hooked
 
 # A tensor and its version, which every change in place raises; None where it keeps none (made in inference mode).
 _Versions = list[tuple[Tensor, int | None]]
@@ -53,27 +54,23 @@ def noting(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
     calls: dict[nn.Module, Call] = {}
     open_calls: dict[nn.Module, tuple[int, _Versions]] = {}
     often: set[nn.Module] = set()
-    clock, thread, handles = itertools.count(), threading.get_ident(), []
+    clock = itertools.count()
 
     def start(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() == thread:
-            if module in calls or module in open_calls:
-                often.add(module)
-            open_calls[module] = next(clock), _versions([*args, *kwargs.values()])
+        if module in calls or module in open_calls:
+            often.add(module)
+        open_calls[module] = next(clock), _versions([*args, *kwargs.values()])
 
     def end(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if threading.get_ident() == thread and module in open_calls:
+        if module in open_calls:
             began, got = open_calls.pop(module)
             calls[module] = Call(began, next(clock), args, kwargs, output, got, _versions([output]))
 
+    modules = list(modules)
     try:
-        for module in modules:
-            handles.append(module.register_forward_pre_hook(start, with_kwargs=True))
-            handles.append(module.register_forward_hook(end, with_kwargs=True))
-        yield calls
+        with hooked([(module, start) for module in modules], [(module, end) for module in modules]):
+            yield calls
     finally:
-        for handle in handles:
-            handle.remove()
         for module in often:
             calls.pop(module, None)
 

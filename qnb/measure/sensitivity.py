@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from qnb.measure.statistics import ratio_with_se
 from qnb.measure.token import alone
 from qnb.model.blocks import block_list
 from qnb.model.defaults import remembered
+from qnb.model.hooks import hooked
 from qnb.model.inputs import Sample, samples_of
 from qnb.model.linear import original_pass
 from qnb.model.select import Site, choose, sites_in_place
@@ -258,19 +258,12 @@ def _by_gradient(model, candidates: Sequence[_Candidate], samples: Iterable[Samp
 def _recording(layers: Iterable[nn.Linear]) -> Iterator[list[tuple[nn.Linear, Tensor, Tensor]]]:
     """Inside it, each layer's input and output are noted, in this thread; the outputs carry a gradient."""
     seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
-    thread, handles = threading.get_ident(), []
 
-    def note(layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if threading.get_ident() == thread:
-            seen.append((layer, args[0].detach(), output if output.requires_grad else output.requires_grad_()))
+    def note(layer: nn.Linear, args: tuple[Tensor, ...], kwargs: dict, output: Tensor) -> None:
+        seen.append((layer, args[0].detach(), output if output.requires_grad else output.requires_grad_()))
 
-    try:
-        for layer in layers:
-            handles.append(layer.register_forward_hook(note))
+    with hooked(behind=[(layer, note) for layer in layers]):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _answer(model: nn.Module, sample: Sample) -> Any:

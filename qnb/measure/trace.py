@@ -14,8 +14,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from qnb.errors import BadInput
-from qnb.measure.hooks import around_forwards
 from qnb.measure.workload import Workload
+from qnb.model.hooks import around_forwards
 from qnb.model.linear import QLinear
 from qnb.model.subject import devices_of, is_compiled
 from qnb.results import one_line

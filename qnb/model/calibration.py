@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qnb.errors import BadInput
 from qnb.model.blocks import block_lists
+from qnb.model.hooks import hooked
 from qnb.model.inputs import samples_of
 from qnb.model.linear import QLinear, original_pass
 from qnb.model.select import Site
@@ -56,8 +57,7 @@ def gather(
     watched = _Watched([site for site in chosen if id(site) not in inside], wanted)
     with _running(model, watched), contextlib.ExitStack() as stack:
         for recording in recordings:
-            stack.enter_context(_hooked(recording.hooks()))
-            stack.enter_context(_hooked(recording.output_hooks(), after=True))
+            stack.enter_context(hooked(recording.hooks(), recording.output_hooks()))
         run_model(watched)
     yield from watched.results()
     for chain, recording in zip(chains, recordings, strict=True):
@@ -316,25 +316,5 @@ class _Watched:
 @contextlib.contextmanager
 def _running(model: nn.Module, watched: _Watched) -> Iterator[None]:
     """The original model, in the state in which it is measured, with its sites watched."""
-    with measuring_state(model), original_pass(), _hooked(watched.hooks()):
+    with measuring_state(model), original_pass(), hooked(watched.hooks()):
         yield
-
-
-@contextlib.contextmanager
-def _hooked(hooks: Sequence[tuple[nn.Module, Callable]], after: bool = False) -> Iterator[None]:
-    """These hooks before each forward of their modules, or `after`; gone afterwards, whatever happened.
-
-    They are looked for by what they are: an interrupt can fall between adding one and noting its handle.
-    """
-    try:
-        for module, hook in hooks:
-            add = module.register_forward_hook if after else module.register_forward_pre_hook
-            add(hook, with_kwargs=True)
-        yield
-    finally:
-        for module, hook in hooks:
-            there = module._forward_hooks if after else module._forward_pre_hooks
-            marked = module._forward_hooks_with_kwargs if after else module._forward_pre_hooks_with_kwargs
-            for key in [key for key, value in there.items() if value is hook]:
-                del there[key]
-                marked.pop(key, None)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qnb.measure.statistics import median
 from qnb.measure.token import alone
+from qnb.model.hooks import around_forwards, hooked
 from qnb.model.inputs import Sample
 from qnb.model.linear import QLayer, QLinear, as_matrix, original_pass
 from qnb.model.quantize import quantize
-from qnb.model.subject import measuring_state
+from qnb.model.subject import devices_of, measuring_state, synchronize
 from qnb.model.trial import Trial, in_variant
 from qnb.notebook.panel.evaluation import Evaluation
 from qnb.notebook.panel.prefix import block_of, whole
@@ -111,35 +112,20 @@ def errors(model: nn.Module, names: Sequence[str], check: Callable[[], None]) ->
 
 def times(model: nn.Module, names: Sequence[str], sample: Sample, check: Callable[[], None]) -> dict[str, float]:
     """Milliseconds that each layer takes in a pass of the sample, the median of three; without those not called."""
-    mine, began, found = threading.get_ident(), {}, {name: [] for name in names}
+    devices, began, found = devices_of(model), {}, {name: [] for name in names}
 
-    def before(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            if threading.get_ident() == mine:
-                _wait(args[0])
-                began[name] = time.perf_counter()
+    def before(i: int) -> None:
+        synchronize(devices)
+        began[i] = time.perf_counter()
 
-        return hook
+    def behind(i: int, output: Any) -> None:
+        synchronize(devices)
+        found[names[i]].append(1000 * (time.perf_counter() - began[i]))
 
-    def after(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if threading.get_ident() == mine:
-                _wait(output)
-                found[name].append(1000 * (time.perf_counter() - began[name]))
-
-        return hook
-
-    handles = []
-    try:
-        for name in names:
-            layer = model.get_submodule(name)
-            handles += [layer.register_forward_pre_hook(before(name)), layer.register_forward_hook(after(name))]
+    with around_forwards([model.get_submodule(name) for name in names], before, behind):
         for _ in range(3):
             with alone(model), measuring_state(model):
                 whole(model, sample, check)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: median(values) for name, values in found.items() if values}
 
 
@@ -179,18 +165,14 @@ def _channel_errors(then: Tensor, now: Tensor) -> Tensor:
 
 
 def _input_range(model: nn.Module, layer: nn.Module, sample: Sample, check: Callable[[], None]) -> Tensor | None:
-    mine, seen = threading.get_ident(), []
+    seen: list[Tensor] = []
 
-    def hook(module: nn.Module, args: tuple) -> None:
-        if threading.get_ident() == mine and args[0].numel():
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if args[0].numel():
             seen.append(args[0].detach().abs().flatten(0, -2).amax(0).float().cpu())
 
-    handle = layer.register_forward_pre_hook(hook)
-    try:
-        with alone(model), measuring_state(model):
-            whole(model, sample, check)
-    finally:
-        handle.remove()
+    with hooked([(layer, note)]), alone(model), measuring_state(model):
+        whole(model, sample, check)
     return torch.stack(seen).amax(0) if seen else None
 
 
@@ -207,8 +189,3 @@ def _calibrated(layer: nn.Module) -> float | None:
     """The largest magnitude that a fixed activation scale represents."""
     inputs = getattr(layer.variant, "inputs", None) if isinstance(layer, QLinear) else None
     return None if inputs is None or inputs.scale is None else 127 * inputs.scale
-
-
-def _wait(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)

@@ -12,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from qnb.measure.original import logits_of
 from qnb.model.blocks import block_list
+from qnb.model.hooks import hooked
 from qnb.model.inputs import Sample
 from qnb.model.linear import QLayer
 from qnb.model.subject import is_encoder_decoder
@@ -216,22 +216,9 @@ def whole(model: nn.Module, sample: Sample, check: Callable[[], None], **more: A
         return model._call_impl(*sample.args, **{**sample.kwargs, **more})
 
 
-@contextlib.contextmanager
-def stoppable(model: nn.Module, check: Callable[[], None]) -> Iterator[None]:
+def stoppable(model: nn.Module, check: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
     """Inside it, `check` is called before each block that this thread runs, and may raise; at least once in a pass."""
-    mine = threading.get_ident()
-
-    def hook(module: nn.Module, args: tuple) -> None:
-        if threading.get_ident() == mine:
-            check()
-
-    handles = []
-    try:
-        handles = [m.register_forward_pre_hook(hook) for m in block_list(model)[1] or (model,)]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked([(module, lambda *_: check()) for module in block_list(model)[1] or (model,)])
 
 
 def block_of(model: nn.Module, layer: nn.Module) -> int | None:
@@ -242,43 +229,27 @@ def block_of(model: nn.Module, layer: nn.Module) -> int | None:
     return None
 
 
-@contextlib.contextmanager
-def _watching(blocks: nn.ModuleList, calls: dict[int, tuple]) -> Iterator[None]:
+def _watching(blocks: nn.ModuleList, calls: dict[int, tuple]) -> contextlib.AbstractContextManager[None]:
     """Inside it, (args, kwargs) of this thread's calls of blocks are noted by their number."""
-    mine = threading.get_ident()
 
-    def watch(number: int):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if threading.get_ident() == mine:
-                calls[number] = args, kwargs
+    def watch(number: int) -> Callable:
+        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            calls[number] = args, kwargs
 
-        return hook
+        return note
 
-    handles = []
-    try:
-        handles = [b.register_forward_pre_hook(watch(i), with_kwargs=True) for i, b in enumerate(blocks)]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked([(block, watch(number)) for number, block in enumerate(blocks)])
 
 
-@contextlib.contextmanager
-def _outputs(modules: list[nn.Module], outputs: dict[int, tuple[Tensor, Any]]) -> Iterator[None]:
+def _outputs(
+    modules: list[nn.Module], outputs: dict[int, tuple[Tensor, Any]]
+) -> contextlib.AbstractContextManager[None]:
     """Inside it, (first argument, output) of this thread's calls of the modules is noted by id."""
-    mine = threading.get_ident()
 
-    def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        if threading.get_ident() == mine:
-            outputs[id(module)] = (args[0] if args else None), output
+    def note(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        outputs[id(module)] = (args[0] if args else None), output
 
-    handles = []
-    try:
-        handles = [m.register_forward_hook(hook) for m in modules]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(behind=[(module, note) for module in modules])
 
 
 def _alike(a: Any, b: Any) -> bool:
