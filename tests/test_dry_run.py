@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -116,6 +117,22 @@ class TestForetold:
         for name in rounding.names():  # awq's divisor is foretold as well
             rounding.find(name, asked)
             assert_foretold(model, asked, rounding=name)
+
+    @pytest.mark.parametrize("keep", ["memory", "none"])
+    def test_a_recipe(self, model, keep):
+        ids = torch.arange(33).reshape(1, 33)
+        made = copy.deepcopy(model)
+        for layers, scheme, how in (
+            ("*.up", "w8a8", {"smooth": 0.5}),
+            ("*.down", "w4a16-g64", {"rounding": "awq"}),
+            (["left", "right"], "nf4-g64", {}),
+            ("lm_head", "w8a16", {}),
+        ):
+            qnb.quantize(made, scheme, layers=layers, calibration=[ids], progress=False, **how)
+        qnb.quantize(model, "w2a16-g32", layers=["blocks.0.up", "left"], progress=False)  # one goes on, one is in it
+        foretold = assert_foretold(model, qnb.Recipe.of(made), keep=keep)
+        assert "as the recipe says" in foretold.title
+        assert len({row.scheme for row in foretold.rows}) >= 4
 
     def test_a_compiled_model_is_looked_through(self, model):
         foretold = qnb.dry_run(torch.compile(model), "w8a8")

@@ -187,6 +187,13 @@ class TestDryRun:
         assert isinstance(would, DryRun) and not quantized_layers(model)
         assert [row.name for row in would.rows if row.scheme == "w8a8"] == ["blocks.0.up", "blocks.1.up"]
 
+    def test_of_a_recipe(self, shell, model, tmp_path):
+        run(shell, "%quantize model w8a8 --layers *.up")
+        qnb.Recipe.of(model).save(tmp_path / "up.json")
+        run(shell, f"%quantize model w8a16\n%quantize model --recipe {tmp_path}/up.json --dry-run -v would")
+        assert {layer.scheme for layer in quantized_layers(model).values()} == {"w8a16"}
+        assert [r.name for r in shell.user_ns["would"].rows if r.scheme != "none"] == ["blocks.0.up", "blocks.1.up"]
+
     def test_flags_reach_the_public_function_by_their_names(self, shell, model, monkeypatch):
         seen = {}
         monkeypatch.setattr("qnb.model.dry_run.dry_run", lambda model, **given: seen.update(given) or qnb.layers(model))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from qnb.env import available_bytes
 from qnb.errors import BadInput
 from qnb.model.experts import Stack
 from qnb.model.linear import LOOKUP, QLayer, held_storages
-from qnb.model.quantize import _KEEP, Report, Row, coverage_line
-from qnb.model.select import Site, choose, find_sites
-from qnb.model.variants import build, check_how, depends_on_inputs, refusal
+from qnb.model.quantize import _KEEP, Report, Row, coverage_line, what_is_meant
+from qnb.model.recipe import Recipe
+from qnb.model.select import Site, find_sites
+from qnb.model.variants import Order, build, depends_on_inputs
 from qnb.results import Cell, Result, Table, format_bytes
 from qnb.rounding import Statistics
 from qnb.schemes import How, Scheme
@@ -78,7 +79,7 @@ class DryRun(Result):
 
 def dry_run(
     model: nn.Module,
-    scheme: str | Scheme,
+    scheme: str | Scheme | Recipe,
     *,
     layers: str | Iterable[str] | None = None,
     skip: str | Iterable[str] | None = None,
@@ -94,27 +95,28 @@ def dry_run(
 
     Whether there is `calibration` decides what layers that share a weight share; into its texts nobody looks.
 
+    A recipe replaces all arguments but `calibration` and `keep`.
+
     Works on a model on the meta device, which is taken as if it were to be loaded into this machine's memory. Raises
     what `quantize` would raise, apart from `BadWeights`.
     """
-    asked = schemes.find(scheme)
-    how = How(rounding, observer, smooth, seed)
-    check_how(how, asked)
+    meant = what_is_meant(scheme, layers, skip, rounding, observer, smooth, seed)
     if keep not in _KEEP:
         raise BadInput(f"keep={keep!r} is unknown: use one of {', '.join(_KEEP)}")
     model = getattr(model, "_orig_mod", model)  # behind torch.compile's wrapper
     sites = find_sites(model)
-    reasons = choose(sites, layers, skip, refusal(asked, how))
-    by_inputs = asked.grid is not None and depends_on_inputs(asked, how, calibration is not None)
-    plan = _Plan(model, asked, how, by_inputs, keep)
-    for index, site in enumerate(sites):
-        plan.add(site, reasons[index])
+    back, orders, reasons = meant(sites)
+    by_site, put_back = {id(order.site): order for order in orders}, set(map(id, back))
+    plan = _Plan(model, calibration is not None, keep)
+    for site in sites:
+        plan.add(site, by_site.get(id(site)), id(site) in put_back, reasons.get(site.name))
     rows = plan.rows()
+    to = "as the recipe says" if isinstance(scheme, Recipe) else f"to {schemes.find(scheme).name}"
     weight_bytes, original_bytes = plan.held()
     before = held_storages(model)
     available = {device: available_bytes(device) for device in plan.needed}
     return DryRun(
-        title=f"dry run: {plan.changes} linear layer{'' if plan.changes == 1 else 's'} would change to {asked.name}",
+        title=f"dry run: {plan.changes} linear layer{'' if plan.changes == 1 else 's'} would change {to}",
         rows=tuple(rows),
         coverage=coverage_line(model, rows, sites),
         weight_bytes=weight_bytes,
@@ -166,16 +168,13 @@ def _shell(scheme: Scheme, weight: Tensor, divided: bool) -> Shell:
 class _Plan:
     """What would change, a layer at a time."""
 
-    def __init__(self, model: nn.Module, scheme: Scheme, how: How, by_inputs: bool, keep: str) -> None:
-        self._model, self._scheme, self._how, self._keep = model, scheme, how, keep
-        self._by_inputs = by_inputs
-        self._divided = how.smooth is not None or (
-            scheme.grid is not None and roundings.find(how.rounding, scheme).divides
-        )
+    def __init__(self, model: nn.Module, calibrated: bool, keep: str) -> None:
+        self._model, self._calibrated, self._keep = model, calibrated, keep
         self._shells: dict[tuple, Shell] = {}
-        self._forth: dict[int, Shell] = {}  # id of the module that stands there now -> what takes its place
+        # id of the module that stands there now -> who holds what takes its place, and what that is
+        self._forth: dict[int, tuple[Hashable, Shell]] = {}
+        self._new: set[Hashable] = set()  # those holders
         self._back: set[int] = set()
-        self._new: set[int] = set()  # ids of the weights that have got a variant
         self._shared: set[int] = set()  # ids of modules whose weight lies in memory that something else uses as well
         self._stacks: dict[int, Stack] = {}  # by the id of their blocks, those whose place their layers would take
         self._rows: list[tuple[Site, Row]] = []
@@ -184,24 +183,24 @@ class _Plan:
         lacking = {id(t): t.untyped_storage().nbytes() for t in _tensors(model) if t.is_meta}
         self.needed["cpu"] = sum(lacking.values())
 
-    def add(self, site: Site, reason: str | None) -> None:
-        """Adds the row of a layer, which changes where there is no reason against it."""
+    def add(self, site: Site, order: Order | None, back: bool, reason: str | None) -> None:
+        """Adds the row of a layer: it becomes what is ordered, goes `back`, or stays, for a reason if there is one."""
         layer, quantized = site.module, isinstance(site.module, QLayer)
-        if site.embedding and not quantized and reason is not None:
+        if site.embedding and not quantized and order is None:
             return
         shape, dtype = site.shape, layer.dtype if quantized else layer.weight.dtype
         if not site.alone:
             self._shared.add(id(layer))
-        if reason is None and site.stack is not None and not site.stack.installed:
+        if order is not None and site.stack is not None and not site.stack.installed:
             self._stacks[id(site.stack.layers.block)] = site.stack
         size = shape[0] * shape[1] * dtype.itemsize
         now = (layer.scheme, str(layer.variant.how), layer.kernel, layer.variant.nbytes) if quantized else None
-        if reason is None and self._scheme.grid is None:
+        if back:
             now = self._put_back(site) if quantized else None
-        elif reason is None:
-            shell = self._quantize(site)
+        elif order is not None:
+            shell = self._quantize(order)
             kernel = LOOKUP if site.embedding else shell.kernel
-            now = (self._scheme.name, str(self._how), kernel, shell.nbytes)
+            now = (order.scheme.name, str(order.how), kernel, shell.nbytes)
         scheme, rounding, kernel, after = now or ("none", None, "torch", size)
         skipped = None if now else reason or site.refused
         self._rows.append((site, Row(site.name, shape, scheme, rounding, kernel, size, after, skipped)))
@@ -223,16 +222,17 @@ class _Plan:
         original: dict[object, int] = {}
         for module in self._modules():
             own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-            shell = self._forth.get(id(module))
+            forth = self._forth.get(id(module))
             source = module.original if isinstance(module, QLayer) else module
             if id(module) in self._back:
                 now = source.weight.dtype, source.weight.device
                 moved = module.on_disk or now != (module.dtype, module.device)
                 size = source.weight.numel() * module.dtype.itemsize
                 weight.update({id(source.weight): size} if moved else _storage(source.weight))
-            elif shell is not None:
+            elif forth is not None:
                 own = [t for t in own if t is not module._parameters.get("weight")]
-                weight[self._holder(module, source.weight)] = shell.nbytes
+                holder, shell = forth
+                weight[holder] = shell.nbytes
                 if self._stays_in_memory(module):
                     original.update(_storage(source.weight))
             elif isinstance(module, QLayer):
@@ -248,27 +248,28 @@ class _Plan:
             stack = self._stacks.get(id(module))
             yield from [module] if stack is None else stack.layers.modules()
 
-    def _quantize(self, site: Site) -> Shell:
+    def _quantize(self, order: Order) -> Shell:
+        site, scheme, how = order.site, order.scheme, order.how
         layer = site.module
         again = isinstance(layer, QLayer)
         weight = layer.require_original(f"quantizing {site.name} again").weight if again else layer.weight
         device = layer.device if again else torch.device("cpu") if weight.is_meta else weight.device
-        key = (site.shape, weight.dtype, device)
+        divided = how.smooth is not None or roundings.find(how.rounding, scheme).divides
+        key = (scheme, site.shape, weight.dtype, device, divided)
         if key not in self._shells:
-            self._shells[key] = shell_of(self._scheme, *key, self._divided)
-        shell = self._forth[id(layer)] = self._shells[key]
+            self._shells[key] = shell_of(*key)
+        shell = self._shells[key]
         self.changes += 1
-        holder = self._holder(layer, weight)
+        # Layers that share a weight share its variant too, unless that depends on their inputs.
+        alone = depends_on_inputs(scheme, how, self._calibrated)
+        holder = id(layer) if alone else (id(weight), scheme, how)
+        self._forth[id(layer)] = holder, shell
         if holder not in self._new:
             self._new.add(holder)
             self.needed[str(device)] += shell.nbytes
             if self._keep == "memory" and not again and device.type != "cpu" and site.alone:
                 self.needed["cpu"] += weight.nbytes
         return shell
-
-    def _holder(self, layer: nn.Module, weight: Tensor) -> int:
-        """Who holds a variant: layers that share a weight share it too, unless it depends on their inputs."""
-        return id(layer if self._by_inputs else weight)
 
     def _stays_in_memory(self, layer: nn.Module) -> bool:
         """Whether the original of a layer that is quantized lies in memory afterwards."""

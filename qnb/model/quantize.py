@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -117,14 +117,12 @@ def quantize(
     model, remark = _inner(model)
     check_model(model)
     own = calibration_of(model, calibration, tokenizer)
+    meant = what_is_meant(scheme, layers, skip, rounding, observer, smooth, seed)
     if isinstance(scheme, Recipe):
         what = "changed as the recipe says"
-        meant = functools.partial(_by_recipe, scheme)
     else:
-        asked, how = schemes.find(scheme), How(rounding, observer, smooth, seed)
-        check_how(how, asked)
+        asked = schemes.find(scheme)
         what = "back to the original" if asked.grid is None else f"quantized to {asked.name}"
-        meant = functools.partial(_by_pattern, asked, how, layers, skip)
     reasons: dict[str, str | None] = {}
     changed, calibrated = 0, False
 
@@ -151,8 +149,22 @@ def quantize(
     return _report(model, _when(f"{_count(changed)} {what}{remark}", landed), reasons)
 
 
+def what_is_meant(
+    scheme: str | Scheme | Recipe, layers, skip, rounding: str, observer: str, smooth: float | str | None, seed: int
+) -> Callable[[Sequence[Site]], tuple[list[Site], list[Order], dict[str, str | None]]]:
+    """Says of all sites which are put back, what becomes of which, and of each by name why it is skipped, or None.
+
+    Raises at once for what no model could be changed to.
+    """
+    if isinstance(scheme, Recipe):
+        return functools.partial(_by_recipe, scheme)
+    asked, how = schemes.find(scheme), How(rounding, observer, smooth, seed)
+    check_how(how, asked)
+    return functools.partial(_by_pattern, asked, how, layers, skip)
+
+
 def _by_pattern(asked: Scheme, how: How, layers, skip, sites: Sequence[Site]):
-    """(sites to put back, orders, name -> why it is skipped) where one scheme is asked for."""
+    """Where one scheme is asked for."""
     chosen = choose(sites, layers, skip, refusal(asked, how))
     reasons = {site.name: chosen[i] for i, site in enumerate(sites)}
     meant = [site for site in sites if reasons[site.name] is None]
@@ -162,7 +174,7 @@ def _by_pattern(asked: Scheme, how: How, layers, skip, sites: Sequence[Site]):
 
 
 def _by_recipe(recipe: Recipe, sites: Sequence[Site]):
-    """The same where a recipe is: layers that it does not name go back to their originals."""
+    """Where a recipe is: layers that it does not name go back to their originals."""
     known = {site.name: site for site in sites}
     unknown = [name for name in recipe.layers if name not in known]
     if unknown:

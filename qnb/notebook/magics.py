@@ -27,7 +27,7 @@ from qnb.notebook.completion import Completer, is_model, is_profile, variables
 from qnb.results import one_line
 
 # What a recipe does not say by itself.
-_BESIDE_RECIPE = ("recipe", "calibration", "tokenizer", "keep")
+_BESIDE_RECIPE = ("recipe", "calibration", "tokenizer", "keep", "dry_run")
 # Flags that name a variable of the notebook instead of spelling a value.
 _BY_NAME = ("texts", "tokenizer", "inputs", "metric", "reference", "vs", "calibration")
 
