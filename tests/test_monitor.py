@@ -627,6 +627,18 @@ def test_votes_go_to_the_recipe_that_answered(model):
         assert "6 w8a8" in watch.report().text()
 
 
+def test_a_quantized_embedding_makes_another_recipe():
+    model = nn.Sequential(nn.Embedding(32, 64), nn.Linear(64, 64)).eval()
+    with qnb.monitor(model, every=100) as watch:
+        model(torch.arange(4))
+        original = watch.recipe
+        qnb.quantize(model, "w8a16", layers="0", progress=False)
+        model(torch.arange(4))
+        assert watch.recipe != original
+        assert [r.words for r in watch.report().recipes] == ["1 none", "1 none, 1 w8a16"]
+        assert [row.name for row in watch.rows] == ["1"]
+
+
 def test_the_interval_of_votes_is_wilsons():
     """The worked bounds of 8 good of 10: (0.490, 0.943), Agresti and Coull, 1998."""
     low, high = RecipeVotes("a", "", 10, 8, 2).interval

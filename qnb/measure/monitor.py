@@ -214,8 +214,7 @@ class Monitor:
         gathered, count = Window(self._window.size), 0
         with alone(inner), measuring_state(inner):
             for sample in samples:
-                layers = {layer: name for name, (_, _, layer) in linear_layers(inner).items()}
-                look = Look(layers, self._draw, mask_of(sample.args, sample.kwargs), _BASELINE_ROWS, {})
+                look = Look(linear_layers(inner), self._draw, mask_of(sample.args, sample.kwargs), _BASELINE_ROWS, {})
                 with look:
                     inner(*sample.args, **sample.kwargs)
                 gathered.add_to_baseline(look.seen())

@@ -130,17 +130,9 @@ class Look:
         return self._starts[step]
 
 
-def linear_layers(model: nn.Module) -> dict[str, tuple[dict[str, nn.Module], str, nn.Linear]]:
-    """Every linear layer by its first name, with the dictionary that holds it and its key there."""
-    if isinstance(model, nn.Linear):
-        return {"": ({"": model}, "", model)}
-    found, seen = {}, set()
-    for path, module in model.named_modules():
-        for key, child in module._modules.items():
-            if isinstance(child, nn.Linear) and child not in seen:
-                seen.add(child)
-                found[f"{path}.{key}" if path else key] = module._modules, key, child
-    return found
+def linear_layers(model: nn.Module) -> dict[nn.Linear, str]:
+    """Every linear layer with its first name."""
+    return {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def _ids(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import nn
 from qnb.errors import BadInput
 from qnb.measure.monitor_look import linear_layers
 from qnb.measure.monitor_report import RecipeVotes
-from qnb.model.linear import QLinear
+from qnb.model.linear import QEmbedding, QLayer
 from qnb.model.swap import landed
 from qnb.results import one_line
 from qnb.schemes import How
@@ -43,7 +43,8 @@ class Recipes:
         self.schemes: dict[str, tuple[str, How | None]] = {}
         self._known: dict[str, Recipe] = {}
         self._changes = -1
-        self._layers: list[nn.Linear] = []
+        self._layers: dict[nn.Linear, str] = {}
+        self._embeddings: dict[str, tuple[str, How | None]] = {}  # those that are quantized
 
     def unchanged(self) -> Recipe | None:
         """The recipe that `now` gave last, while qnb has changed no model since; else None.
@@ -55,18 +56,18 @@ class Recipes:
     def now(self, inner: nn.Module) -> Recipe:
         """The recipe that the model runs now, by a look at all of its layers."""
         self._changes = landed()
-        layers = linear_layers(inner)
-        self._layers = [layer for _, _, layer in layers.values()]
-        schemes = {path: _scheme(layer) for path, (_, _, layer) in layers.items()}
-        if self.standing is None or schemes != self.schemes:
-            self.schemes = schemes
-            made = Recipe(schemes)
+        self._layers = linear_layers(inner)
+        schemes = {name: _scheme(layer) for layer, name in self._layers.items()}
+        embeddings = {name: _scheme(m) for name, m in inner.named_modules() if isinstance(m, QEmbedding)}
+        if self.standing is None or (schemes, embeddings) != (self.schemes, self._embeddings):
+            self.schemes, self._embeddings = schemes, embeddings
+            made = Recipe(schemes | embeddings)
             self.standing = self._known.setdefault(made.fingerprint, made)
         return self.standing
 
     def layers(self) -> dict[nn.Linear, str]:
         """The linear layers with their names, as `now` saw them last."""
-        return dict(zip(self._layers, self.schemes, strict=True))
+        return self._layers
 
     def vote(self, asked: str, good: bool) -> None:
         """Counts a vote; raises BadInput where no pass was made by a recipe of that fingerprint."""
@@ -83,5 +84,5 @@ class Recipes:
         return tuple(r.votes() for r in self._known.values() if r.passes)
 
 
-def _scheme(layer: nn.Linear) -> tuple[str, How | None]:
-    return (layer.scheme, layer.variant.how) if isinstance(layer, QLinear) else ("none", None)
+def _scheme(layer: nn.Module) -> tuple[str, How | None]:
+    return (layer.scheme, layer.variant.how) if isinstance(layer, QLayer) else ("none", None)
