@@ -99,6 +99,46 @@ def test_the_last_expert_that_goes_back_brings_the_block_along(model):
     assert model.model.layers[0].mlp.experts is block
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_on_a_gpu_originals_leave_it_together_and_come_back(model):
+    model, ids = model.cuda(), IDS.cuda()
+    block = model.model.layers[0].mlp.experts
+    parameters = dict(block.named_parameters())
+    bits = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def lies_on(device: str) -> bool:
+        """And each expert's original is a piece of the block's parameter."""
+        names = {q: name for name, q in quantized_layers(model).items() if name.startswith("model.layers.0.mlp.exp")}
+        for layer, name in names.items():
+            _, number, matrix = name.rsplit(".", 2)
+            assert layer.variant.packed.is_cuda
+            assert layer.original.weight.data_ptr() == parameters[matrix].data[int(number)].data_ptr()
+        return {p.device.type for p in parameters.values()} == {device}
+
+    with torch.no_grad():
+        before = model(ids).logits
+        qnb.quantize(model, "w8a16", layers="*.experts.0.*")
+        assert lies_on("cuda")  # of the others as well, which run
+        needed = qnb.dry_run(model, "w8a16").needed_bytes["cpu"]
+        assert needed >= 2 * sum(p.nbytes for p in parameters.values())  # of two blocks
+        for scheme in ("w8a16", "w4a16-g64"):
+            qnb.quantize(model, scheme)
+            assert lies_on("cpu")
+            with original_pass():
+                assert torch.equal(model(ids).logits, before)
+        qnb.quantize(model, "none", layers="*.experts.1.*")
+        assert lies_on("cuda")
+        with original_pass():
+            assert torch.equal(model(ids).logits, before)
+        qnb.quantize(model, "w4a16-g64")
+        assert lies_on("cpu")
+        qnb.restore(model)
+        assert torch.equal(model(ids).logits, before)
+    assert model.model.layers[0].mlp.experts is block
+    for name, parameter in block.named_parameters():
+        assert parameter is parameters[name] and parameter.is_cuda and torch.equal(parameter, bits[name])
+
+
 def test_what_is_held_and_said(model):
     experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
     before, _ = held_storages(model)

@@ -20,7 +20,7 @@ from qnb.env import available_bytes
 from qnb.errors import BadInput
 from qnb.model.experts import Stack
 from qnb.model.linear import LOOKUP, QLayer, held_storages
-from qnb.model.quantize import _KEEP, Report, Row, coverage_line, what_is_meant
+from qnb.model.quantize import _KEEP, Report, Row, coverage_line, experts_that_move, what_is_meant
 from qnb.model.recipe import Recipe
 from qnb.model.select import Site, find_sites
 from qnb.model.variants import Order, build, depends_on_inputs
@@ -110,6 +110,8 @@ def dry_run(
     plan = _Plan(model, calibration is not None, keep)
     for site in sites:
         plan.add(site, by_site.get(id(site)), id(site) in put_back, reasons.get(site.name))
+    for block, name, _, device in experts_that_move(sites, [order.site for order in orders], back, keep):
+        plan.needed[str(device)] += block._parameters[name].nbytes
     rows = plan.rows()
     to = "as the recipe says" if isinstance(scheme, Recipe) else f"to {schemes.find(scheme).name}"
     weight_bytes, original_bytes = plan.held()

@@ -7,6 +7,7 @@ layers is quantized, and the block comes back when none is.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import torch
@@ -68,10 +69,14 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (tokens, hidden); of each token, top_k_index says which experts and top_k_weights how much."""
-        kept = None if self.block is None or not in_original_pass() else self.block._parameters["down_proj"]
-        # Not where the model went to another device or type meanwhile: the layers' own originals follow.
-        if kept is not None and (kept.dtype, kept.device) == (hidden_states.dtype, hidden_states.device):
-            return self.block.forward(hidden_states, top_k_index, top_k_weights)
+        kept = None if self.block is None or not in_original_pass() else self.block._parameters
+        # Not where the model went to another type meanwhile: the layers' own originals follow.
+        if kept is not None and kept["down_proj"].dtype == hidden_states.dtype:
+            block, device = self.block, hidden_states.device
+            if any(p.device != device for p in kept.values()):
+                block = copy.copy(block)  # another thread may be in it
+                block._parameters = {name: p.to(device) for name, p in kept.items()}
+            return block.forward(hidden_states, top_k_index, top_k_weights)
         out = torch.zeros_like(hidden_states)
         for number in top_k_index.unique().tolist():
             if not 0 <= number < self.count:  # nobody's: what a router that drops tokens sends

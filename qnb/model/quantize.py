@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -106,8 +107,10 @@ def quantize(
     seed         of whatever a rounding draws at random
     keep         where the originals are kept meanwhile, so that `restore` is exact: "memory" as they are, "disk" in
                  files that are mapped into memory (the checkpoint's own where they hold the same bits, else temporary
-                 ones), "none" nowhere. What something else uses as well, and the experts of a mixture, stay where they
-                 are. A layer that is quantized already goes from memory to disk or to nowhere when asked, and not back.
+                 ones), "none" nowhere. What something else uses as well stays where it is, and experts of a mixture
+                 never go to disk. With "memory" originals leave a GPU for the host; experts do together, once all of a
+                 block's are quantized. A layer that is quantized already goes from memory to disk or to nowhere when
+                 asked, and not back.
 
     Codes are always chosen from the original weights, never from quantized ones. Raises `UnknownScheme`,
     `UnknownRounding`, `LayerRefused`, `BadWeights`, `BadInput` or `NotQuantized`, each before anything has changed.
@@ -133,10 +136,10 @@ def quantize(
         reasons.update(why_not)
         keeper = Keeper(model) if keep == "disk" else None
         calibrated = own is not None and any(depends_on_inputs(o.scheme, o.how, own.given) for o in orders)
-        changes = [_back(site) for site in back]
+        changes = [_move_experts(sites, [order.site for order in orders], back, keep), *map(_back, back)]
         with progress_bar(len(orders), what, progress) as bar:
             changes += [_forth(site, made, keep, keeper) for site, made in make(model, orders, sites, own, bar.update)]
-        changed = sum(bool(change) for change in changes)
+        changed = sum(bool(change) for change in changes[1:])
         steps = [step for change in changes for step in change]
         return [*steps, *_stack_steps(sites, [order.site for order in orders], back, keep)]
 
@@ -223,7 +226,8 @@ def restore(model: nn.Module) -> Report:
         if not sites:
             raise NotQuantized("the model holds no quantized layer, so there is nothing to restore: quantize it first")
         count = len(sites)
-        return [*(step for site in sites for step in _back(site)), *_stack_steps(every, [], sites, "memory")]
+        steps = [*_move_experts(every, [], sites, "memory"), *(step for site in sites for step in _back(site))]
+        return [*steps, *_stack_steps(every, [], sites, "memory")]
 
     landed = land(model, plan)
     return _report(model, _when(f"{_count(count)} restored: the same modules as before{remark}", landed), {})
@@ -277,10 +281,48 @@ def _back(site: Site) -> list[Step]:
     return [*steps, Follow(layer, original), *(Place(parent, child, layer, original) for parent, child in site.places)]
 
 
+def _quantized_then(sites: Sequence[Site], forth: Sequence[Site], back: Sequence[Site]) -> set[int]:
+    """Ids of the sites that are quantized once these have gone forth and back."""
+    quantized = {id(site) for site in sites if isinstance(site.module, QLayer)}
+    return (quantized | {id(site) for site in forth}) - {id(site) for site in back}
+
+
+def experts_that_move(
+    sites: Sequence[Site], forth: Sequence[Site], back: Sequence[Site], keep: str
+) -> list[tuple[nn.Module, str, list[Site], torch.device]]:
+    """Which 3-D parameters of experts are to lie elsewhere: (block, parameter, its matrices, where).
+
+    One leaves its GPU for the host once all of its matrices are quantized, else it comes back.
+    """
+    quantized, found = _quantized_then(sites, forth, back), []
+    matrices: dict[tuple[int, str], list[Site]] = {}
+    for site in sites:
+        if site.stack is not None and site.stack.layers.block is not None:
+            matrices.setdefault((id(site.stack), site.name.rpartition(".")[2]), []).append(site)
+    for (_, name), together in matrices.items():
+        layers = together[0].stack.layers
+        leaves = all(id(site) in quantized for site in together)
+        device = torch.device("cpu") if leaves else layers.device
+        if layers.block._parameters[name].device != device and (keep == "memory" or not leaves):
+            found.append((layers.block, name, together, device))
+    return found
+
+
+def _move_experts(sites: Sequence[Site], forth: Sequence[Site], back: Sequence[Site], keep: str) -> list[Step]:
+    """Each expert's original is a piece of the parameter, and stays one: to train one of the two is to train both."""
+    steps = []
+    for block, name, matrices, device in experts_that_move(sites, forth, back, keep):
+        here = block._parameters[name].data
+        there = here.to(device)
+        steps.append(Stow(block, here, there, name))
+        for site, piece in zip(matrices, there.unbind(), strict=True):
+            steps.append(Stow(site.source, site.source.weight.data, piece))
+    return steps
+
+
 def _stack_steps(sites: Sequence[Site], forth: Sequence[Site], back: Sequence[Site], keep: str) -> list[Step]:
     """Blocks of experts make room for their linear layers where one of these is quantized, else come back."""
-    quantized = {id(site) for site in sites if isinstance(site.module, QLayer)}
-    quantized = (quantized | {id(site) for site in forth}) - {id(site) for site in back}
+    quantized = _quantized_then(sites, forth, back)
     stacks = {id(site.stack): site.stack for site in sites if site.stack is not None}
     needed = {id(site.stack) for site in sites if site.stack is not None and id(site) in quantized}
     steps: list[Step] = []

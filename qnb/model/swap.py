@@ -62,7 +62,7 @@ class Switch:
 
 @dataclasses.dataclass(frozen=True)
 class Stow:
-    """Let a kept original's weight lie in other memory, with the same bits: on the host, in a file, or back from there.
+    """Let a kept original's parameter lie in other memory, with the same bits: on the host, in a file, or back again.
 
     The parameter stays the object that optimizers and ties refer to.
     """
@@ -70,9 +70,10 @@ class Stow:
     original: nn.Module
     here: Tensor
     away: Tensor
+    name: str = "weight"
 
     def holds(self) -> bool:
-        return self.original.weight.data_ptr() == self.here.data_ptr()
+        return self.original._parameters[self.name].data_ptr() == self.here.data_ptr()
 
     def do(self) -> None:
         self._lie(self.away)
@@ -81,8 +82,8 @@ class Stow:
         self._lie(self.here)
 
     def _lie(self, where: Tensor) -> None:
-        self.original.weight.data = where
-        cache.same_bits(self.original.weight)
+        self.original._parameters[self.name].data = where
+        cache.same_bits(self.original._parameters[self.name])
 
 
 @dataclasses.dataclass(frozen=True)
