@@ -192,7 +192,10 @@ def test_kmeans_is_lloyds_algorithm_between_least_squares_of_the_scales(case, sc
         """(N, K): the sum of each weight's group."""
         return torch.cat([part.sum(1, keepdim=True).expand_as(part) for part in values.split(grid.group, 1)], 1)
 
-    scale = torch.cat([p.abs().amax(1, keepdim=True).expand_as(p) for p in w.split(grid.group, 1)], 1)
+    def widest(part: Tensor) -> Tensor:
+        return part.gather(1, part.abs().argmax(1, keepdim=True)).expand_as(part)
+
+    scale = torch.cat([widest(part) for part in w.split(grid.group, 1)], 1)
     order = (w / scale).flatten().sort()
     share = (m * scale.square()).flatten()[order.indices].cumsum(0)
     wanted = (torch.arange(2**grid.bits) + 0.5) / 2**grid.bits * share[-1]

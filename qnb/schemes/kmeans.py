@@ -3,7 +3,8 @@
 Weights divided by their group's scale are clustered in one dimension by Lloyd's algorithm (Lloyd 1982, "Least squares
 quantization in PCM"), each weighted with the square of its scale, so that the error of the weight itself is what
 shrinks; with calibration also with the mean square of its input, as in SqueezeLLM (Kim et al. 2023, arXiv:2306.07629).
-The scales begin as each group's absmax; then scales and codebook follow each other, both by least squares.
+The scales begin as each group's widest weight, sign and all: it is 1 in every group then, so that the codebook need
+reach that far on one side of 0 alone. Then scales and codebook follow each other, both by least squares.
 """
 
 from __future__ import annotations
@@ -35,22 +36,23 @@ class LearnedGrid(Grid):
     def fit(self, weight, dtype, *, clip=None, importance=None):
         weight = weight.float()
         k = weight.shape[1]
-        absmax = self._reduced(weight.abs(), torch.amax)
-        levels = Levels(scale_of(absmax if clip is None else absmax * clip, 1, dtype), dtype, self.group_of(k))
+        high, low = self._reduced(weight, torch.amax), self._reduced(weight, torch.amin)
+        widest = torch.where(high >= -low, high, low)
+        levels = Levels(scale_of(widest if clip is None else widest * clip, 1, dtype), dtype, self.group_of(k))
         levels = self._table_for(weight, levels, importance)
         for _ in range(_REFITS):
             table = levels.table[self.nearest(weight, levels).long()]
             weighted = table if importance is None else table * importance
             across = self._reduced(weighted * weight, torch.sum), self._reduced(weighted * table, torch.sum)
             scale = scale_of(across[0] / across[1], 1, dtype)
-            scale = scale.where((across[0] > 0) & (across[1] > 0), levels.scale)
+            scale = scale.where((across[0] != 0) & (across[1] > 0), levels.scale)
             levels = self._table_for(weight, dataclasses.replace(levels, scale=scale), importance)
         return levels
 
     def _table_for(self, weight: Tensor, levels: Levels, importance: Tensor | None) -> Levels:
         """`levels` with a table that clusters the weight divided by their scale, beginning with the table they have."""
         scale = levels.spread(levels.scale, slice(None), weight.shape[1])
-        scaled = weight / scale.where(scale > 0, 1)
+        scaled = weight / scale.where(scale != 0, 1)
         mass = (scale.square() if importance is None else scale.square() * importance).expand_as(scaled)
         return dataclasses.replace(levels, table=cluster(scaled, mass, 2**self.bits, levels.table))
 
