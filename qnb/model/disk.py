@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import math
 import os
 import tempfile
 import threading
@@ -40,6 +41,8 @@ class Mapped:
         self.tensor, self.path, self._file = tensor, path, file
         self.nbytes = tensor.nbytes
         self._strides, self._misalignment = weight.stride(), weight.data_ptr() % ALIGNMENT
+        alike = tensor.stride() == weight.stride() and tensor.data_ptr() % ALIGNMENT == self._misalignment
+        self._lies_alike = alike or not _keeps_strides(weight.shape, self._strides)
         if file is None:
             weakref.finalize(self, _remove, str(path), os.getpid())
 
@@ -54,6 +57,10 @@ class Mapped:
     def verify(self, purpose: str) -> None:
         """The same before the weight is used again: its bits were compared with the file's when it was moved there."""
         self.check(purpose)
+
+    def as_it_lay(self) -> Tensor:
+        """The weight laid out as it was: the mapping itself where that lies alike, else a copy."""
+        return self.tensor if self._lies_alike else self.in_memory()
 
     def in_memory(self) -> Tensor:
         """A copy in the host's memory, laid out as the weight was, see `copied`."""
@@ -71,13 +78,20 @@ def copied(tensor: Tensor, strides: tuple[int, ...], misalignment: int) -> Tenso
 
     Not where elements overlap, or the weight was a piece of something far larger, whose room a copy would take as well.
     """
-    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
-    apart = 0 not in strides and extent <= _MOST_ROOM * tensor.numel()
-    if not apart or (misalignment == 0 and strides == tensor.stride()):
+    if not _keeps_strides(tensor.shape, strides) or (misalignment == 0 and strides == tensor.stride()):
         return tensor.clone()
-    room = torch.zeros(extent + ALIGNMENT // tensor.element_size(), dtype=tensor.dtype)
+    room = torch.zeros(_extent(tensor.shape, strides) + ALIGNMENT // tensor.element_size(), dtype=tensor.dtype)
     start = (misalignment - room.data_ptr()) % ALIGNMENT // room.element_size()
     return room.as_strided(tensor.shape, strides, start).copy_(tensor)
+
+
+def _keeps_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return 0 not in strides and _extent(shape, strides) <= _MOST_ROOM * math.prod(shape)
+
+
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many elements lie from the first to the last."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
 
 
 class Keeper:

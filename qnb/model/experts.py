@@ -7,13 +7,12 @@ layers is quantized, and the block comes back when none is.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import torch
 from torch import Tensor, nn
 
-from qnb.model.linear import HOOKS, QLinear, in_original_pass
+from qnb.model.linear import HOOKS, QLinear, in_original_pass, with_parameters
 from qnb.model.trial import has_forward_of_its_own
 
 _MATRICES = ("gate_up_proj", "down_proj")  # (experts, 2 * intermediate, hidden), (experts, hidden, intermediate)
@@ -74,8 +73,7 @@ class Experts(nn.Module):
         if kept is not None and kept["down_proj"].dtype == hidden_states.dtype:
             block, device = self.block, hidden_states.device
             if any(p.device != device for p in kept.values()):
-                block = copy.copy(block)  # another thread may be in it
-                block._parameters = {name: p.to(device) for name, p in kept.items()}
+                block = with_parameters(block, **{name: p.to(device) for name, p in kept.items()})
             return block.forward(hidden_states, top_k_index, top_k_weights)
         out = torch.zeros_like(hidden_states)
         for number in top_k_index.unique().tolist():

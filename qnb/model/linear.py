@@ -8,6 +8,7 @@ of transformers' `Conv1D`, which keeps its weight transposed.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import threading
 import warnings
@@ -56,6 +57,13 @@ def is_conv1d(module: nn.Module) -> bool:
 def as_matrix(module: nn.Module) -> Tensor:
     """The weight of a layer as (N, K): the parameter itself, or a view of a `Conv1D`'s."""
     return module.weight.T if is_conv1d(module) else module.weight
+
+
+def with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
+    """A module that computes as this one does with these parameters; this one, which others may be in, stays."""
+    other = copy.copy(module)
+    other._parameters = {**module._parameters, **parameters}
+    return other
 
 
 class QLayer(nn.Module):
@@ -143,6 +151,14 @@ class QLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}, kernel={self.kernel}"
 
+    def _original_as_it_lay(self) -> nn.Module:
+        """The original with its weight laid out as before it went to disk, which decides a product's last bits."""
+        original = self.require_original("the original pass")
+        if not self.on_disk:
+            return original
+        weight = self.mapped.as_it_lay()
+        return original if weight is self.mapped.tensor else with_parameters(original, weight=weight)
+
     def _original_weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         return as_matrix(self.require_original("the original pass")).to(device, dtype)
 
@@ -224,7 +240,7 @@ class QLinear(QLayer, nn.Linear):
         return variant.linear(input, own["bias"] if "bias" in own else self.bias)
 
     def _original_forward(self, input: Tensor) -> Tensor:
-        original = self.require_original("the original pass")
+        original = self._original_as_it_lay()
         if original.weight.device == input.device and original.weight.dtype == self.dtype:
             return original.forward(input)
         return F.linear(input, self._original_weight(self.dtype, input.device), self.bias)
@@ -279,7 +295,7 @@ class QEmbedding(QLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         if _pass.original:
-            original = self.require_original("the original pass")
+            original = self._original_as_it_lay()
             if original.weight.device == input.device and original.weight.dtype == self.dtype:
                 return original.forward(input)
             return F.embedding(input, self._original_weight(self.dtype, input.device))
