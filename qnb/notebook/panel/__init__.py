@@ -48,10 +48,11 @@ def panel(
             f'the panel needs ipywidgets and anywidget, which do not import ({error}): pip install "qnb[notebook]"'
         ) from error
     from qnb.notebook.panel.session import session_of
+    from qnb.notebook.panel.stages import Asked
 
     session = session_of(model)
     if session.stages.sizes != (tokens, new_tokens) or any(given is not None for given in (texts, prompt, metric)):
-        session.use(tokenizer, texts, tokens, prompt, new_tokens, metric)
+        session.use(Asked(tokenizer, texts, tokens, prompt, new_tokens, metric))
     return Panel(session, variable or _variable_of(model))
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,7 +28,7 @@ from qnb.notebook.panel import auto
 from qnb.notebook.panel.board import Board
 from qnb.notebook.panel.grid import Grid, grid_of
 from qnb.notebook.panel.recipe import Layers, apply, code, in_words, layers_of
-from qnb.notebook.panel.stages import COLOURS, Stages
+from qnb.notebook.panel.stages import COLOURS, Asked, Stages
 from qnb.notebook.panel.step import Step
 from qnb.notebook.panel.trail import Trail
 from qnb.notebook.panel.worker import Superseded, Worker
@@ -90,18 +90,10 @@ class Session:
         shown = set(self.names)
         return [row for row in report.rows if row.name in shown]
 
-    def use(
-        self,
-        tokenizer: object,
-        texts: Iterable | None,
-        tokens: int,
-        prompt: str | None,
-        new_tokens: int,
-        metric: Callable[[nn.Module], float] | None,
-    ) -> None:
+    def use(self, asked: Asked) -> None:
         """Measures on these from now on; everything measured on others is dropped. Raises BadInput for bad ones."""
         with self._lock:
-            self.stages.use(self.model(), tokenizer, texts, tokens, prompt, new_tokens, metric)
+            self.stages.use(self.model(), asked)
             if self.searching:  # on what it was to be measured on
                 self._wanted = None
             self._worker.request()

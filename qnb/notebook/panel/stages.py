@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 
@@ -28,6 +29,18 @@ from qnb.results import one_line
 COLOURS = ("scheme", "sensitivity", "error", "bytes", "time")
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What to measure on, as `qnb.panel` is given it."""
+
+    tokenizer: object
+    texts: Iterable | None
+    tokens: int
+    prompt: str | None
+    new_tokens: int
+    metric: Callable[[nn.Module], float] | None
+
+
 class Stages:
     """What figures are measured on, and the look into a layer and the colours that were asked for.
 
@@ -47,38 +60,30 @@ class Stages:
         self.colour_values: dict[str, dict[str, float | None]] = {}
         self.sensitivity_scheme = _first_scheme()
 
-    def use(
-        self,
-        model: nn.Module,
-        tokenizer: object,
-        texts: Iterable | None,
-        tokens: int,
-        prompt: str | None,
-        new_tokens: int,
-        metric: Callable[[nn.Module], float] | None,
-    ) -> None:
+    def use(self, model: nn.Module, asked: Asked) -> None:
         """Measures on these from now on. Raises BadInput for bad ones, and goes on with those before then."""
-        own, tokenizer = remembered(model, tokenizer)
-        texts = self.data.get("calibration", own) if texts is None else texts
+        own, tokenizer = remembered(model, asked.tokenizer)
+        texts = self.data.get("calibration", own) if asked.texts is None else asked.texts
         tokenizer = self.data.get("tokenizer") if tokenizer is None else tokenizer
         if texts is None:
             raise BadInput("no texts given: pass a list of strings with a tokenizer, or an iterable of model inputs")
-        for name, size in (("tokens", tokens), ("new_tokens", new_tokens)):
+        for name in ("tokens", "new_tokens"):
+            size = getattr(asked, name)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise BadInput(f"{name}={one_line(repr(size), 40)}: give a whole number from 1 on")
-        if metric is not None and not callable(metric):
+        if asked.metric is not None and not callable(asked.metric):
             raise BadInput(
-                f"metric is {one_line(repr(metric), 60)}: give a function that takes the model, returns a number"
+                f"metric is {one_line(repr(asked.metric), 60)}: give a function that takes the model, returns a number"
             )
-        samples = sample_of(samples_of(model, texts, tokenizer)[0], tokens)
+        samples = sample_of(samples_of(model, texts, tokenizer)[0], asked.tokens)
         reason, ids = continuation.why_no_words(model, tokenizer), None
-        if prompt is not None and reason is None:
-            ids = continuation.prompt_ids(model, tokenizer, prompt, new_tokens)
+        if asked.prompt is not None and reason is None:
+            ids = continuation.prompt_ids(model, tokenizer, asked.prompt, asked.new_tokens)
         elif reason is None:
             # Of the last text used, whose beginning is measured but seldom looked at: the middle shows more.
-            ids = samples[-1].ids[:, : max(1, min(96, samples[-1].ids.shape[1] - new_tokens))].cpu()
-        self.tokenizer, self.evaluation, self.metric = tokenizer, Evaluation(model, samples), metric
-        self.data, self.sizes = {"calibration": texts, "tokenizer": tokenizer}, (tokens, new_tokens)
+            ids = samples[-1].ids[:, : max(1, min(96, samples[-1].ids.shape[1] - asked.new_tokens))].cpu()
+        self.tokenizer, self.evaluation, self.metric = tokenizer, Evaluation(model, samples), asked.metric
+        self.data, self.sizes = {"calibration": texts, "tokenizer": tokenizer}, (asked.tokens, asked.new_tokens)
         self.prompt_ids, self.why_no_words = ids, reason
         self.colour_values.clear()
         self._trail.forget("progress", "written", "metric", "why_no_metric")
