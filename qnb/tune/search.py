@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qnb import schemes as registry
 from qnb.errors import BadInput, BudgetBroken
@@ -17,20 +15,17 @@ from qnb.measure.accuracy import Accuracy, evaluate
 from qnb.measure.sensitivity import Sensitivity, sensitivity
 from qnb.measure.statistics import median
 from qnb.measure.token import alone
-from qnb.measure.workload import NEW_TOKENS, PROMPT_TOKENS, workload_of
+from qnb.measure.workload import NEW_TOKENS, workload_of
 from qnb.model.defaults import remembered
-from qnb.model.fused import fused_groups
 from qnb.model.linear import held_storages, quantized_layers
 from qnb.model.quantize import quantize, restore
-from qnb.model.recipe import LayerRecipe, Recipe
-from qnb.model.select import sites_in_place
-from qnb.model.subject import check_model, measuring_state, synchronize
-from qnb.model.trial import in_variant
-from qnb.model.variants import Order, calibration_of, make
+from qnb.model.recipe import Recipe
+from qnb.model.subject import check_model, measuring_state
 from qnb.progress import part
 from qnb.results import Cell, Result, Table, format_bytes, format_number, one_line
 from qnb.schemes import How
 from qnb.tune.before import original_for_a_while
+from qnb.tune.program import RUNS, Program, run_times
 
 # At the same bytes a learned codebook costs less KL than evenly spaced codes do; for some layers these are still best.
 DEFAULT_SCHEMES = ("w8a8", "w8a16", "w4a16-g64", "w4a16-g64-asym", "kmeans4-g64", "w3a16-g64", "kmeans3-g64")
@@ -38,7 +33,6 @@ DEFAULT_SCHEMES = ("w8a8", "w8a16", "w4a16-g64", "w4a16-g64-asym", "kmeans4-g64"
 SERVED_SCHEMES = ("w8a8", "w8a16", "w4a16-g32", "w4a16-g64", "w4a16-g128")
 # How often a solution is measured and the prediction mended; each time the step gets smaller.
 _ROUNDS = 6
-_RUNS = 7  # whose median is a latency
 # A budget that is used to this share is not worth another measurement.
 _USED_UP = 0.95
 
@@ -202,7 +196,7 @@ def search(
                 progress=progress,
             )
         _check_fit(sensitivities, formats, how)
-        program = _Program(model, sensitivities, formats)
+        program = Program(model, sensitivities, formats)
         tried = _gradually(program, budget, runner, formats[0]) if gradual else _solve(program, budget, runner)
     kept = [step for step in tried if step.holds]
     if not kept:
@@ -268,7 +262,7 @@ class _Runner:
         work = workload_of(self.model, self.tokenizer, None, NEW_TOKENS, self.texts, None)
         with alone(self.model), measuring_state(self.model):
             work.run()
-            return 1000 * median([work.run().total for _ in range(_RUNS)])
+            return 1000 * median([work.run().total for _ in range(RUNS)])
 
 
 def _budget(given: dict[str, float | None], runner: _Runner) -> _Budget:
@@ -323,71 +317,7 @@ def _budget(given: dict[str, float | None], runner: _Runner) -> _Budget:
     )
 
 
-class _Program:
-    """Which group of layers takes which scheme: costs, and the integer program over them."""
-
-    def __init__(self, model: nn.Module, sensitivities: Sensitivity, formats: Sequence[str]) -> None:
-        self.how = sensitivities.how
-        self.schemes = ["none", *formats]
-        self.groups = fused_groups(sensitivities.layers)
-        rows = {(row.name, row.scheme): row for row in sensitivities.rows}
-        originals = {s.name: s.weight.numel() * s.weight.element_size() for s in sites_in_place(model)}
-        self.kl = np.array([[self._sum(rows, g, s, "kl") for s in self.schemes] for g in self.groups])
-        self.bytes = np.array(
-            [
-                [sum(originals[n] for n in g) if s == "none" else self._sum(rows, g, s, "bytes") for s in self.schemes]
-                for g in self.groups
-            ],
-            dtype=float,
-        )
-        # What the layers do not hold: embeddings, norms, the output embedding.
-        self.other_bytes = held_storages(model)[0] - self.bytes[:, 0].sum()
-
-    @staticmethod
-    def _sum(rows, group: Sequence[str], scheme: str, field: str) -> float:
-        if scheme == "none":
-            return 0.0
-        if any((name, scheme) not in rows for name in group):
-            return math.inf  # a layer of the group refuses the scheme
-        return max(0.0, sum(getattr(rows[name, scheme], field) for name in group))
-
-    def least(self, cost: np.ndarray, limited: np.ndarray, limit: float) -> np.ndarray | None:
-        """The scheme's index of each group with the least sum of `cost` whose sum of `limited` stays within `limit`."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-
-        groups, formats = cost.shape
-        possible = np.isfinite(self.bytes) & np.isfinite(self.kl)
-        flat = np.arange(groups * formats)
-        one_each = csr_array((np.ones(flat.size), (flat // formats, flat)), shape=(groups, flat.size))
-        # HiGHS works to absolute tolerances: rows and costs are brought to about 1.
-        size = max(abs(limit), 1e-30)
-        weights = np.where(possible, limited, 0.0).ravel() / size
-        objective = np.where(possible, cost, 0.0).ravel()
-        objective = objective / max(objective.max(initial=0.0), 1e-30)
-        solved = milp(
-            objective,
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(weights[None, :], -np.inf, limit / size)],
-            integrality=np.ones(flat.size),
-            bounds=Bounds(0, possible.ravel().astype(float)),
-            options={"mip_rel_gap": 1e-4, "time_limit": 30},
-        )
-        return None if solved.x is None else solved.x.reshape(groups, formats).argmax(1)
-
-    def recipe(self, choice: Sequence[int]) -> Recipe:
-        """The recipe in which each group takes its scheme."""
-        layers = {}
-        for group, index in zip(self.groups, choice, strict=True):
-            if index:
-                layers.update({name: LayerRecipe(self.schemes[index], self.how) for name in group})
-        return Recipe(layers)
-
-    def predicted(self, costs: np.ndarray, choice: Sequence[int]) -> float:
-        """The sum of a cost over the groups."""
-        return float(costs[np.arange(len(choice)), choice].sum())
-
-
-def _solve(program: _Program, budget: _Budget, runner: _Runner) -> list[Tried]:
+def _solve(program: Program, budget: _Budget, runner: _Runner) -> list[Tried]:
     tried: dict[tuple[int, ...], Tried] = {}
 
     def attempt(choice: np.ndarray) -> tuple[Tried, bool]:
@@ -408,14 +338,14 @@ def _solve(program: _Program, budget: _Budget, runner: _Runner) -> list[Tried]:
     return list(tried.values())
 
 
-def _within_cost(program: _Program, budget: _Budget, runner: _Runner, attempt) -> None:
+def _within_cost(program: Program, budget: _Budget, runner: _Runner, attempt) -> None:
     """The least KL whose bytes, or time, stay within."""
     if budget.limit > 0:  # bytes add up exactly
         choice = program.least(program.kl, program.bytes, budget.limit - program.other_bytes)
         attempt(choice if choice is not None else np.where(np.isfinite(program.bytes), program.bytes, np.inf).argmin(1))
         return
     # Times of layers do not add up exactly to that of the model: how much they must save is what is tightened.
-    times = _times(program, runner)
+    times = run_times(program, runner.model, runner.calibration, runner.tokenizer)
     original = runner.latency_ms()
     wanted = original * (1 + 1 / budget.limit)  # saved, in ms: the limit is the negative of the speed-up
     saved = times[:, :1] - times
@@ -429,52 +359,7 @@ def _within_cost(program: _Program, budget: _Budget, runner: _Runner, attempt) -
         wanted = (low + high) / 2 if math.isfinite(high) else 1.3 * wanted
 
 
-def _times(program: _Program, runner: _Runner) -> np.ndarray:
-    """ms (groups, schemes): what each group's layers take of a run of `profile`, each shape timed once by itself."""
-    sites = {site.name: site for site in sites_in_place(runner.model)}
-    own = calibration_of(runner.model, runner.calibration, runner.tokenizer)
-    known: dict[tuple, float] = {}
-
-    def time_of(name: str, scheme: str) -> float:
-        site = sites[name]
-        key = *site.shape, site.weight.dtype, site.weight.device, scheme
-        if key not in known:
-            if scheme == "none":
-                run = site.module
-            else:
-                order = Order(site, registry.find(scheme), program.how)
-                ((_, variant),) = make(runner.model, [order], list(sites.values()), own, lambda n: None)
-                run = in_variant(site.module, variant)
-            known[key] = _run_ms(run, site.weight, site.shape[1])
-        return known[key]
-
-    table = np.full(program.kl.shape, np.inf)
-    with alone(runner.model), measuring_state(runner.model):
-        for g, group in enumerate(program.groups):
-            for s, scheme in enumerate(program.schemes):
-                if np.isfinite(program.kl[g, s]):
-                    table[g, s] = sum(time_of(name, scheme) for name in group)
-    return table
-
-
-def _run_ms(run: Callable, weight: Tensor, k: int) -> float:
-    """What the layer takes of one run: the prompt's rows at once, then a row for each further new token."""
-    total = 0.0
-    with torch.no_grad():
-        for rows, times in ((PROMPT_TOKENS, 1), (1, NEW_TOKENS - 1)):
-            x = torch.randn(rows, k).to(weight.device, weight.dtype)
-            samples = []
-            for _ in range(_RUNS):
-                synchronize([weight.device])
-                began = time.perf_counter()
-                run(x)
-                synchronize([weight.device])
-                samples.append(time.perf_counter() - began)
-            total += 1000 * times * median(samples[2:])
-    return total
-
-
-def _within_accuracy(program: _Program, budget: _Budget, attempt) -> None:
+def _within_accuracy(program: Program, budget: _Budget, attempt) -> None:
     """The smallest bytes whose measured loss stays within; what is predicted is scaled until it does."""
     smallest = np.where(np.isfinite(program.bytes), program.bytes, np.inf).argmin(1)
     target = min(budget.first_kl, program.predicted(program.kl, smallest))
@@ -500,7 +385,7 @@ def _within_accuracy(program: _Program, budget: _Budget, attempt) -> None:
             target *= min(4.0, max(1.05, ratio))
 
 
-def _gradually(program: _Program, budget: _Budget, runner: _Runner, scheme: str) -> list[Tried]:
+def _gradually(program: Program, budget: _Budget, runner: _Runner, scheme: str) -> list[Tried]:
     """Groups go to `scheme` one after the other, the least sensitive first, until the budget would break."""
     index = program.schemes.index(scheme)
     order = [g for g in program.kl[:, index].argsort() if math.isfinite(program.kl[g, index])]
