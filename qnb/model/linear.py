@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qnb.errors import BadWeights, FrozenWeight, NotQuantized, NotSaveable
@@ -61,8 +60,9 @@ def as_matrix(module: nn.Module) -> Tensor:
 
 def with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
     """A module that computes as this one does with these parameters; this one, which others may be in, stays."""
-    other = copy.copy(module)
-    other._parameters = {**module._parameters, **parameters}
+    other, own = copy.copy(module), module._parameters
+    # Whether a weight is to be trained decides by which product torch computes, also where no gradient is.
+    other._parameters = {**own, **{n: nn.Parameter(t.detach(), own[n].requires_grad) for n, t in parameters.items()}}
     return other
 
 
@@ -151,13 +151,18 @@ class QLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}, kernel={self.kernel}"
 
-    def _original_as_it_lay(self) -> nn.Module:
-        """The original with its weight laid out as before it went to disk, which decides a product's last bits."""
+    def _original_at(self, device: torch.device) -> nn.Module:
+        """The original where the model computes, in its type, its weight laid out as before it went to disk.
+
+        All of that decides a product's last bits.
+        """
         original = self.require_original("the original pass")
-        if not self.on_disk:
-            return original
-        weight = self.mapped.as_it_lay()
-        return original if weight is self.mapped.tensor else with_parameters(original, weight=weight)
+        weight = original.weight
+        if self.on_disk and (laid_out := self.mapped.as_it_lay()) is not self.mapped.tensor:
+            weight = laid_out
+        if (weight.device, weight.dtype) != (device, self.dtype):
+            weight = weight.to(device, self.dtype)
+        return original if weight is original.weight else with_parameters(original, weight=weight)
 
     def _original_weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         return as_matrix(self.require_original("the original pass")).to(device, dtype)
@@ -228,7 +233,7 @@ class QLinear(QLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if _pass.original:
-            return self._original_forward(input)
+            return self._original_at(input.device).forward(input)
         variant = self.variant
         if input.is_cuda:
             self._stay_for_graph(variant)
@@ -238,12 +243,6 @@ class QLinear(QLayer, nn.Linear):
         # `self.bias` takes torch half a microsecond; it is needed where something has made the bias no parameter.
         own = self._parameters
         return variant.linear(input, own["bias"] if "bias" in own else self.bias)
-
-    def _original_forward(self, input: Tensor) -> Tensor:
-        original = self._original_as_it_lay()
-        if original.weight.device == input.device and original.weight.dtype == self.dtype:
-            return original.forward(input)
-        return F.linear(input, self._original_weight(self.dtype, input.device), self.bias)
 
 
 class QConv1D(QLinear):
@@ -295,10 +294,7 @@ class QEmbedding(QLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         if _pass.original:
-            original = self._original_as_it_lay()
-            if original.weight.device == input.device and original.weight.dtype == self.dtype:
-                return original.forward(input)
-            return F.embedding(input, self._original_weight(self.dtype, input.device))
+            return self._original_at(input.device).forward(input)
         if input.is_cuda:
             self._stay_for_graph(self.variant)
         return self.variant.rows(input.reshape(-1)).to(self.dtype).view(*input.shape, self.embedding_dim)
