@@ -136,12 +136,14 @@ def quantize(
         reasons.update(why_not)
         keeper = Keeper(model) if keep == "disk" else None
         calibrated = own is not None and any(depends_on_inputs(o.scheme, o.how, own.given) for o in orders)
-        changes = [_move_experts(sites, [order.site for order in orders], back, keep), *map(_back, back)]
+        forth = [order.site for order in orders]
+        moved = _move_experts(sites, forth, back, keep)
+        changes = [*map(_back, back)]
         with progress_bar(len(orders), what, progress) as bar:
             changes += [_forth(site, made, keep, keeper) for site, made in make(model, orders, sites, own, bar.update)]
-        changed = sum(bool(change) for change in changes[1:])
+        changed = sum(bool(change) for change in changes)
         steps = [step for change in changes for step in change]
-        return [*steps, *_stack_steps(sites, [order.site for order in orders], back, keep)]
+        return [*moved, *steps, *_stack_steps(sites, forth, back, keep)]
 
     landed = land(model, plan)
     if isinstance(scheme, Recipe):
@@ -294,11 +296,11 @@ def experts_that_move(
 
     One leaves its GPU for the host once all of its matrices are quantized, else it comes back.
     """
-    quantized, found = _quantized_then(sites, forth, back), []
     matrices: dict[tuple[int, str], list[Site]] = {}
     for site in sites:
         if site.stack is not None and site.stack.layers.block is not None:
             matrices.setdefault((id(site.stack), site.name.rpartition(".")[2]), []).append(site)
+    quantized, found = _quantized_then(sites, forth, back) if matrices else set(), []
     for (_, name), together in matrices.items():
         layers = together[0].stack.layers
         leaves = all(id(site) in quantized for site in together)
@@ -322,8 +324,8 @@ def _move_experts(sites: Sequence[Site], forth: Sequence[Site], back: Sequence[S
 
 def _stack_steps(sites: Sequence[Site], forth: Sequence[Site], back: Sequence[Site], keep: str) -> list[Step]:
     """Blocks of experts make room for their linear layers where one of these is quantized, else come back."""
-    quantized = _quantized_then(sites, forth, back)
     stacks = {id(site.stack): site.stack for site in sites if site.stack is not None}
+    quantized = _quantized_then(sites, forth, back) if stacks else set()
     needed = {id(site.stack) for site in sites if site.stack is not None and id(site) in quantized}
     steps: list[Step] = []
     for stack in stacks.values():
