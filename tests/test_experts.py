@@ -12,7 +12,7 @@ from torch import nn
 import qnb
 from qnb.errors import BadCheckpoint, BadInput, LayerRefused, NotQuantized, NotSaveable
 from qnb.model.experts import Experts
-from qnb.model.linear import held_storages, original_pass, quantized_layers
+from qnb.model.linear import QLayer, held_storages, original_pass, quantized_layers
 from qnb.model.recipe import Recipe
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -97,6 +97,58 @@ def test_the_last_expert_that_goes_back_brings_the_block_along(model):
     assert isinstance(model.model.layers[0].mlp.experts, Experts)
     qnb.quantize(model, "none", layers=["model.layers.0.mlp.experts.2.down_proj"])
     assert model.model.layers[0].mlp.experts is block
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Lets quantized layers and experts say that they compute on another device than their originals lie on."""
+
+    def begin() -> None:
+        for kind in (QLayer, Experts):
+            monkeypatch.setattr(kind, "device", property(lambda self: torch.device("cpu", 0)))
+
+    return begin
+
+
+def test_what_runs_is_not_taken_for_a_piece_of_the_block_once_it_is_none(model, elsewhere):
+    qnb.quantize(model, "w8a16", layers="*.experts.0.*")
+    model.half()  # which gives the experts that run weights of their own
+    live = model.model.layers[0].mlp.experts._modules["1"].down_proj.weight
+    live.data.zero_()
+    elsewhere()
+    qnb.quantize(model, "w8a8", layers="model.layers.0.self_attn.q_proj")
+    qnb.quantize(model, "w8a16", layers="*.experts.2.*")
+    assert live.dtype == torch.float16 and not live.any()
+    assert logits(model).isfinite().all()
+
+
+def test_where_an_original_is_gone_the_others_stay(model, elsewhere):
+    qnb.quantize(model, "w8a16")
+    name = "model.layers.0.mlp.experts.1.down_proj"
+    model.load_state_dict({**model.state_dict(), f"{name}.weight_scale": torch.ones(64, 1)})
+    assert model.get_submodule(name).original is None
+    elsewhere()
+    qnb.quantize(model, "w8a8", layers="model.layers.0.self_attn.q_proj")
+    qnb.quantize(model, "w4a16-g64", layers="*.experts.2.*")
+    assert logits(model).isfinite().all()
+
+
+def test_a_dry_run_counts_experts_once(model, elsewhere):
+    here = qnb.dry_run(model, "w8a16").needed_bytes["cpu"]
+    empty = copy.deepcopy(model).to("meta")
+    load = sum(p.nbytes for p in empty.parameters()) + sum(b.nbytes for b in empty.buffers())
+    assert qnb.dry_run(empty, "w8a16").needed_bytes["cpu"] == load + here
+    qnb.quantize(model, "w8a16", layers="*.experts.*")
+    experts = sum(p.nbytes for block in blocks(model) for p in block.parameters())
+    elsewhere()
+    for layers, comes_back in (("*.experts.*", experts), ("model.layers.0.mlp.experts.1.*", experts / 2)):
+        foretold = qnb.dry_run(model, "none", layers=layers)
+        assert foretold.needed_bytes["cpu:0"] == comes_back
+        assert foretold.original_bytes == experts - comes_back
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    return [m.block for m in model.modules() if isinstance(m, Experts)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")

@@ -403,6 +403,28 @@ def test_on_a_gpu_originals_leave_it_and_come_back(model, x, keep):
         assert torch.equal(parameter, bits[name])
 
 
+def test_a_lookup_needs_no_copy_of_an_embedding_on_disk(monkeypatch):
+    model = nn.Sequential(nn.Embedding(40, 64))
+    model[0].weight = nn.Parameter(torch.randn(40 * 64 + 3)[3:].view(40, 64))
+    y = model(torch.arange(5))
+    qnb.quantize(model, "w8a16", layers="0", keep="disk")
+    monkeypatch.setattr(type(model[0].mapped), "in_memory", lambda self: pytest.fail("the whole weight was copied"))
+    with original_pass():
+        assert torch.equal(model(torch.arange(5)), y)
+
+
+def test_the_original_pass_takes_the_bias_that_the_layer_has_now(model, x):
+    qnb.quantize(model, "w8a8")
+    layer = next(q for q in quantized_layers(model).values() if q.bias is not None)
+    layer.bias = nn.Parameter(layer.bias.detach() + 1)
+    model.to(torch.bfloat16)
+    given = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
+    with original_pass(), torch.no_grad():
+        got = layer(given)
+    weight = layer.original.weight.to(torch.bfloat16)
+    assert torch.equal(got, nn.functional.linear(given, weight, layer.bias))
+
+
 def laid_out(how: str) -> torch.Tensor:
     """f32 (8, 12), whose memory is not that of a new tensor."""
     torch.manual_seed(0)

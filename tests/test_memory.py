@@ -78,3 +78,15 @@ def test_changes(keep, cached, monkeypatch):
     grown, tensors = growth(call, 600, 60)
     assert grown < BOUND
     assert tensors == 0
+
+
+def test_original_passes_of_an_original_on_disk_under_autocast():
+    """Autocast keeps the cast of every parameter until it ends; one made for a pass must not be among them."""
+    model = nn.Sequential(nn.Linear(1024, 1024))
+    model[0].weight = nn.Parameter(torch.randn(1024, 1024).T)  # whose mapping lies otherwise
+    x = torch.randn(2, 1024)
+    qnb.quantize(model, "w8a16", keep="disk")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), original_pass():
+        grown, tensors = growth(lambda i: model(x), 40, 3)  # a cast takes 2 MiB
+        assert torch.is_autocast_cache_enabled()
+    assert grown < 20 * 2**20 and tensors == 0

@@ -148,8 +148,10 @@ def _row(quantity: Quantity, before, now, different: str | None) -> tuple[Change
         interval = None if ends is None else (ends[0] - 1, ends[1] - 1)
     relative = new / old - 1
     verdict = _verdict(relative, interval, quantity.better, 0.0 if quantity.exact else _DRIFT)
-    words = _percent(relative, interval)
     low, high = interval or (None, None)
+    words = _percent(relative, interval)
+    if interval and low <= 0 <= high and 1 + high > _UNSTEADY * (1 + low):
+        words = f"unsteady: ×{format_number(1 + low, 2)} to ×{format_number(1 + high, 2)}"
     change = Change(quantity.field, quantity.title, old, new, relative, low, high, True, verdict, words)
     return change, (quantity.title, *shown, _cell(change))
 
@@ -286,9 +288,6 @@ def _percent(change: float, interval: Sequence[float] | None) -> str:
     ends = None if interval is None else (_one_percent(interval[0], ""), _one_percent(interval[1]))
     if ends is None or ends[1] == f"{ends[0]} %":
         return _one_percent(change)
-    low, high = 1 + interval[0], 1 + interval[1]
-    if high > _UNSTEADY * low:
-        return f"unsteady: ×{format_number(low, 2)} to ×{format_number(high, 2)}"
     return f"{_one_percent(change)} ({ends[0]} to {ends[1]})"
 
 

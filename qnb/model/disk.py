@@ -41,8 +41,6 @@ class Mapped:
         self.tensor, self.path, self._file = tensor, path, file
         self.nbytes = tensor.nbytes
         self._strides, self._misalignment = weight.stride(), weight.data_ptr() % ALIGNMENT
-        alike = tensor.stride() == weight.stride() and tensor.data_ptr() % ALIGNMENT == self._misalignment
-        self._lies_alike = alike or not _keeps_strides(weight.shape, self._strides)
         if file is None:
             weakref.finalize(self, _remove, str(path), os.getpid())
 
@@ -58,9 +56,12 @@ class Mapped:
         """The same before the weight is used again: its bits were compared with the file's when it was moved there."""
         self.check(purpose)
 
-    def as_it_lay(self) -> Tensor:
-        """The weight laid out as it was: the mapping itself where that lies alike, else a copy."""
-        return self.tensor if self._lies_alike else self.in_memory()
+    def as_it_lay(self, device: torch.device) -> Tensor | None:
+        """A copy laid out as the weight was; None where the mapping lies alike, for products on this device."""
+        alike = self.tensor.stride() == self._strides
+        if device.type == "cpu":
+            alike &= self.tensor.data_ptr() % ALIGNMENT == self._misalignment
+        return None if alike or not _keeps_strides(self.tensor.shape, self._strides) else self.in_memory()
 
     def in_memory(self) -> Tensor:
         """A copy in the host's memory, laid out as the weight was, see `copied`."""

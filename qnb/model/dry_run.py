@@ -20,7 +20,7 @@ from qnb.env import available_bytes
 from qnb.errors import BadInput
 from qnb.model.experts import Stack
 from qnb.model.linear import LOOKUP, QLayer, held_storages
-from qnb.model.quantize import _KEEP, Report, Row, coverage_line, experts_that_move, what_is_meant
+from qnb.model.quantize import _KEEP, Moving, Report, Row, coverage_line, experts_that_move, what_is_meant
 from qnb.model.recipe import Recipe
 from qnb.model.select import Site, find_sites
 from qnb.model.variants import Order, build, depends_on_inputs
@@ -107,11 +107,10 @@ def dry_run(
     sites = find_sites(model)
     back, orders, reasons = meant(sites)
     by_site, put_back = {id(order.site): order for order in orders}, set(map(id, back))
-    plan = _Plan(model, calibration is not None, keep)
+    moving = experts_that_move(sites, [order.site for order in orders], back, keep)
+    plan = _Plan(model, calibration is not None, keep, moving)
     for site in sites:
         plan.add(site, by_site.get(id(site)), id(site) in put_back, reasons.get(site.name))
-    for block, name, _, device in experts_that_move(sites, [order.site for order in orders], back, keep):
-        plan.needed[str(device)] += block._parameters[name].nbytes
     rows = plan.rows()
     to = "as the recipe says" if isinstance(scheme, Recipe) else f"to {schemes.find(scheme).name}"
     weight_bytes, original_bytes = plan.held()
@@ -170,7 +169,7 @@ def _shell(scheme: Scheme, weight: Tensor, divided: bool) -> Shell:
 class _Plan:
     """What would change, a layer at a time."""
 
-    def __init__(self, model: nn.Module, calibrated: bool, keep: str) -> None:
+    def __init__(self, model: nn.Module, calibrated: bool, keep: str, moving: Sequence[Moving]) -> None:
         self._model, self._calibrated, self._keep = model, calibrated, keep
         self._shells: dict[tuple, Shell] = {}
         # id of the module that stands there now -> who holds what takes its place, and what that is
@@ -184,6 +183,11 @@ class _Plan:
         self.needed: Counter[str] = Counter()
         lacking = {id(t): t.untyped_storage().nbytes() for t in _tensors(model) if t.is_meta}
         self.needed["cpu"] = sum(lacking.values())
+        self._moving: dict[int, dict[object, int]] = {}  # id of a module -> the storage in which its weight is to lie
+        for block, name, matrices, device in moving:
+            storage = {id(block._parameters[name]): block._parameters[name].nbytes}
+            self._moving.update({id(site.module): storage for site in matrices})
+            self.needed[str(device)] += block._parameters[name].nbytes
 
     def add(self, site: Site, order: Order | None, back: bool, reason: str | None) -> None:
         """Adds the row of a layer: it becomes what is ordered, goes `back`, or stays, for a reason if there is one."""
@@ -230,17 +234,18 @@ class _Plan:
                 now = source.weight.dtype, source.weight.device
                 moved = module.on_disk or now != (module.dtype, module.device)
                 size = source.weight.numel() * module.dtype.itemsize
-                weight.update({id(source.weight): size} if moved else _storage(source.weight))
+                lies = {id(source.weight): size} if moved else _storage(source.weight)
+                weight.update(self._moving.get(id(module), lies))
             elif forth is not None:
                 own = [t for t in own if t is not module._parameters.get("weight")]
                 holder, shell = forth
                 weight[holder] = shell.nbytes
                 if self._stays_in_memory(module):
-                    original.update(_storage(source.weight))
+                    original.update(self._moving.get(id(module)) or _storage(source.weight))
             elif isinstance(module, QLayer):
                 own += module.variant.tensors().values()
                 if source is not None and not module.on_disk:
-                    original.update(_storage(source.weight))
+                    original.update(self._moving.get(id(module)) or _storage(source.weight))
             for tensor in own:
                 weight.update(_storage(tensor))
         return sum(weight.values()), sum(size for key, size in original.items() if key not in weight)
@@ -282,7 +287,7 @@ class _Plan:
     def _put_back(self, site: Site) -> None:
         layer = site.module
         weight = layer.require_original(f"putting back {site.name}").weight
-        if layer.on_disk or weight.device != layer.device:
+        if id(layer) not in self._moving and (layer.on_disk or weight.device != layer.device):
             self.needed[str(layer.device)] += weight.numel() * layer.dtype.itemsize
         self._back.add(id(layer))
         self.changes += 1

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from qnb.model.linear import HOOKS, QLinear, in_original_pass, with_parameters
+from qnb.model.linear import HOOKS, QLinear, forward_with, in_original_pass, moved
 from qnb.model.trial import has_forward_of_its_own
 
 _MATRICES = ("gate_up_proj", "down_proj")  # (experts, 2 * intermediate, hidden), (experts, hidden, intermediate)
@@ -72,9 +72,10 @@ class Experts(nn.Module):
         # Not where the model went to another type meanwhile: the layers' own originals follow.
         if kept is not None and kept["down_proj"].dtype == hidden_states.dtype:
             block, device = self.block, hidden_states.device
+            given = hidden_states, top_k_index, top_k_weights
             if any(p.device != device for p in kept.values()):
-                block = with_parameters(block, **{name: p.to(device) for name, p in kept.items()})
-            return block.forward(hidden_states, top_k_index, top_k_weights)
+                return forward_with(block, {name: moved(p, p.to(device)) for name, p in kept.items()}, *given)
+            return block.forward(*given)
         out = torch.zeros_like(hidden_states)
         for number in top_k_index.unique().tolist():
             if not 0 <= number < self.count:  # nobody's: what a router that drops tokens sends

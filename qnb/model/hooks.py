@@ -24,7 +24,11 @@ def hooked(before: Hooks = (), behind: Hooks = (), *, innermost: bool = False) -
     here = threading.get_ident()
 
     def in_this_thread(hook: Callable) -> Callable:
-        return lambda *given: hook(*given) if threading.get_ident() == here else None
+        def look(*given: Any) -> None:  # what it returned would take the place of inputs or an output
+            if threading.get_ident() == here:
+                hook(*given)
+
+        return look
 
     first = [(module, in_this_thread(hook)) for module, hook in before]
     last = [(module, in_this_thread(hook)) for module, hook in behind]

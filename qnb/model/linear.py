@@ -58,12 +58,21 @@ def as_matrix(module: nn.Module) -> Tensor:
     return module.weight.T if is_conv1d(module) else module.weight
 
 
-def with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
-    """A module that computes as this one does with these parameters; this one, which others may be in, stays."""
-    other, own = copy.copy(module), module._parameters
-    # Whether a weight is to be trained decides by which product torch computes, also where no gradient is.
-    other._parameters = {**own, **{n: nn.Parameter(t.detach(), own[n].requires_grad) for n, t in parameters.items()}}
-    return other
+def forward_with(module: nn.Module, parameters: dict[str, nn.Parameter | None], *args: Tensor) -> Tensor:
+    """What the module's forward gives with these parameters; the module, which others may be in, stays as it is."""
+    other = copy.copy(module)
+    other._parameters = {**module._parameters, **parameters}
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # by parameter: it would keep all of these, each with its cast
+    try:
+        return other.forward(*args)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def moved(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """Such a parameter of these values. Whether it is to be trained decides torch's product, also without gradients."""
+    return nn.Parameter(values.detach(), parameter.requires_grad)
 
 
 class QLayer(nn.Module):
@@ -151,18 +160,16 @@ class QLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}, kernel={self.kernel}"
 
-    def _original_at(self, device: torch.device) -> nn.Module:
-        """The original where the model computes, in its type, its weight laid out as before it went to disk.
-
-        All of that decides a product's last bits.
-        """
+    def _original_forward(self, input: Tensor, laid_out: Tensor | None = None) -> Tensor:
+        """The original's, where and in the type in which the model computes; of its weight as `laid_out`, if given."""
         original = self.require_original("the original pass")
-        weight = original.weight
-        if self.on_disk and (laid_out := self.mapped.as_it_lay()) is not self.mapped.tensor:
-            weight = laid_out
-        if (weight.device, weight.dtype) != (device, self.dtype):
-            weight = weight.to(device, self.dtype)
-        return original if weight is original.weight else with_parameters(original, weight=weight)
+        weight = original.weight if laid_out is None else laid_out
+        if (weight.device, weight.dtype) != (input.device, self.dtype):
+            weight = weight.to(input.device, self.dtype)
+        if weight is original.weight:
+            return original.forward(input)
+        # With this layer's bias: one that was assigned meanwhile, or went to another type, is not the original's.
+        return forward_with(original, {**self._parameters, "weight": moved(original.weight, weight)}, input)
 
     def _original_weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         return as_matrix(self.require_original("the original pass")).to(device, dtype)
@@ -233,7 +240,8 @@ class QLinear(QLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if _pass.original:
-            return self._original_at(input.device).forward(input)
+            laid_out = self.mapped.as_it_lay(input.device) if self.on_disk else None
+            return self._original_forward(input, laid_out)
         variant = self.variant
         if input.is_cuda:
             self._stay_for_graph(variant)
@@ -294,7 +302,7 @@ class QEmbedding(QLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         if _pass.original:
-            return self._original_at(input.device).forward(input)
+            return self._original_forward(input)
         if input.is_cuda:
             self._stay_for_graph(self.variant)
         return self.variant.rows(input.reshape(-1)).to(self.dtype).view(*input.shape, self.embedding_dim)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from qnb import schemes
@@ -289,25 +290,40 @@ def _quantized_then(sites: Sequence[Site], forth: Sequence[Site], back: Sequence
     return (quantized | {id(site) for site in forth}) - {id(site) for site in back}
 
 
-def experts_that_move(
-    sites: Sequence[Site], forth: Sequence[Site], back: Sequence[Site], keep: str
-) -> list[tuple[nn.Module, str, list[Site], torch.device]]:
-    """Which 3-D parameters of experts are to lie elsewhere: (block, parameter, its matrices, where).
+# A block of experts, one of its 3-D parameters, the sites of that one's matrices, and where it is to lie.
+Moving = tuple[nn.Module, str, list[Site], torch.device]
 
-    One leaves its GPU for the host once all of its matrices are quantized, else it comes back.
+
+def experts_that_move(sites: Sequence[Site], forth: Sequence[Site], back: Sequence[Site], keep: str) -> list[Moving]:
+    """Which 3-D parameters of experts are to lie elsewhere.
+
+    One leaves its GPU for the host once all of its matrices are quantized, else it comes back; one that something else
+    uses as well stays where it is.
     """
+    touched = {id(site.stack) for site in (*forth, *back) if site.stack is not None}
     matrices: dict[tuple[int, str], list[Site]] = {}
     for site in sites:
         if site.stack is not None and site.stack.layers.block is not None:
             matrices.setdefault((id(site.stack), site.name.rpartition(".")[2]), []).append(site)
-    quantized, found = _quantized_then(sites, forth, back) if matrices else set(), []
-    for (_, name), together in matrices.items():
+    users = Counter(id(together[0].stack.layers.block._parameters[name]) for (_, name), together in matrices.items())
+    quantized, found = _quantized_then(sites, forth, back) if touched else set(), []
+    for (stack, name), together in matrices.items():
         layers = together[0].stack.layers
+        parameter = layers.block._parameters[name]
         leaves = all(id(site) in quantized for site in together)
         device = torch.device("cpu") if leaves else layers.device
-        if layers.block._parameters[name].device != device and (keep == "memory" or not leaves):
-            found.append((layers.block, name, together, device))
+        if stack in touched and parameter.device != device and (keep == "memory" or not leaves):
+            if users[id(parameter)] == 1 and _are_pieces(together, parameter):
+                found.append((layers.block, name, together, device))
     return found
+
+
+def _are_pieces(matrices: Sequence[Site], parameter: Tensor) -> bool:
+    """Whether the experts' weights lie in the parameter: not where a change of type gave them memory of their own."""
+    if parameter.is_meta:
+        return False
+    pairs = zip(matrices, parameter.detach().unbind(), strict=True)
+    return all(site.weight is not None and site.weight.data_ptr() == piece.data_ptr() for site, piece in pairs)
 
 
 def _move_experts(sites: Sequence[Site], forth: Sequence[Site], back: Sequence[Site], keep: str) -> list[Step]:

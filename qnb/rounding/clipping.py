@@ -10,9 +10,11 @@ from torch import Tensor
 
 from qnb.schemes.grid import Grid, Levels
 
-FACTORS = tuple(1 - i / 50 for i in range(36))  # shares of each group's range
-# A grid that is tried both ways round gets every second of them, which costs the same.
-BOTH_WAYS = (*FACTORS[::2], *(-factor for factor in FACTORS[::2]))
+_SHARES = tuple(1 - i / 50 for i in range(36))  # of each group's range
+# Above 1: where a range ends among the uneven values of a float format matters as much as what is cut off.
+FACTORS = (1.0, 1.06, 1.03, *_SHARES[1:])
+# For a grid that is tried both ways round every second share, which costs the same.
+BOTH_WAYS = (*_SHARES[::2], *(-share for share in _SHARES[::2]))
 REFITS = 2
 
 

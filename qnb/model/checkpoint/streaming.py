@@ -115,9 +115,8 @@ class Original:
                 f"{purpose} needs the original layer, which lay in {self.path}: its hash is not what was quantized"
             )
 
-    def as_it_lay(self) -> Tensor:
-        """The mapping: the weight never lay anywhere else."""
-        return self.tensor
+    def as_it_lay(self, device: torch.device) -> None:
+        """None: the weight never lay otherwise."""
 
     def in_memory(self) -> Tensor:
         """A copy in memory, laid out as in the file."""

@@ -49,7 +49,7 @@ class Worker:
         """Waits until nothing is left to do and `rested` has been called; returns whether that is so."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            while self.busy or self._resting:
+            while self.busy or (self._resting and self._thread is not threading.current_thread()):
                 if until is not None and time.monotonic() >= until:
                     return False
                 self._changed.wait(0.05)
