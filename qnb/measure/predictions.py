@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qnb.errors import BadInput
@@ -19,8 +20,9 @@ from qnb.model.subject import is_encoder_decoder
 NO_LANGUAGE_MODEL = "the model is no language model"
 SEE_KL = "for a language model see kl and top1"
 
-# Log-probabilities are computed for so many numbers at once: two float32 copies of 16 MB, whatever the vocabulary.
-_CHUNK = 4 * 2**20
+# Log-probabilities are computed for so many numbers at once, whatever the vocabulary: a few float32 copies of 2 MB, for
+# which memory is at hand. For larger ones the system's fresh pages cost several times the arithmetic.
+_CHUNK = 2**19
 _WORST = 5
 _CONTEXT = 48  # characters; and tokens, of which hardly one is shorter than a character
 
@@ -235,9 +237,20 @@ def _log_probabilities(logits: Tensor) -> Tensor:
 
 def kl_per_token(then: Tensor, now: Tensor) -> Tensor:
     """KL(then || now) of each row of log-probabilities (P, V), in nats; where `then` is 0 a token adds nothing."""
-    terms = then.exp() * (then - now)
-    # Masked vocabulary: log-probability -inf in both, and -inf - -inf is NaN.
-    return torch.where(then == -math.inf, 0.0, terms).sum(-1)
+    terms = F.kl_div(now, then, reduction="none", log_target=True)
+    total = terms.sum(-1)
+    if total.isnan().any():
+        # Masked vocabulary: log-probability -inf in both, and -inf - -inf is NaN. Only here: to look for it
+        # takes longer than all the rest.
+        total = terms.masked_fill_(then == -math.inf, 0.0).sum(-1)
+    return total
+
+
+def kl_of_logits(then: Tensor, logits: Tensor) -> Tensor:
+    """KL(then || softmax of the logits) of each row, in nats; `then` are log-probabilities (P, V)."""
+    rows = max(1, _CHUNK // logits.shape[-1])
+    pairs = zip(then.split(rows), logits.split(rows), strict=True)
+    return torch.cat([kl_per_token(before, _log_probabilities(now)) for before, now in pairs])
 
 
 def _not_finite(text: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qnb import schemes as registry
 from qnb.errors import BadInput
 from qnb.measure.original import logits_of
-from qnb.measure.predictions import kl_per_token
+from qnb.measure.predictions import kl_of_logits
 from qnb.measure.replay import Call, noting, reusable
 from qnb.measure.statistics import ratio_with_se
 from qnb.measure.token import alone
@@ -214,7 +214,7 @@ def _exact(model, candidates: Sequence[_Candidate], samples: Iterable[Sample], s
                     answers = {**before, **reusable(within, layer), layer: in_variant(layer, candidate.variant)}
                     with trial.answering(answers):
                         now = _predicting_logits(_answer(model, sample), sample)
-                    sums[candidate.key].append(float(kl_per_token(original, now.log_softmax(-1)).double().sum()))
+                    sums[candidate.key].append(float(kl_of_logits(original, now).double().sum()))
             bar.update()
     return tokens, sums
 
@@ -286,4 +286,5 @@ def _predicting_logits(output: Any, sample: Sample) -> Tensor:
     predicts = attended[:, 1:] & attended[:, :-1]
     if not predicts.any():
         raise BadInput(f"texts[{sample.index}] has nothing to predict: give texts of at least 2 tokens")
-    return logits[:, :-1][predicts].float()
+    # All of them, as a rule: then nothing has to be copied.
+    return (logits[:, :-1].flatten(0, 1) if predicts.all() else logits[:, :-1][predicts]).float()
