@@ -20,9 +20,10 @@ from qnb.env import available_bytes
 from qnb.errors import BadInput
 from qnb.model.experts import Stack
 from qnb.model.linear import LOOKUP, QLayer, held_storages
-from qnb.model.quantize import _KEEP, Moving, Report, Row, coverage_line, experts_that_move, what_is_meant
+from qnb.model.quantize import _KEEP, Report, Row, coverage_line, what_is_meant
 from qnb.model.recipe import Recipe
 from qnb.model.select import Site, find_sites
+from qnb.model.stacks import Moving, experts_that_move
 from qnb.model.variants import Order, build, depends_on_inputs
 from qnb.results import Cell, Result, Table, format_bytes
 from qnb.rounding import Statistics

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from qnb import schemes
@@ -18,7 +16,8 @@ from qnb.model.fingerprint import note_calibration
 from qnb.model.linear import NOT_KEPT, QLayer, class_for, disk_bytes, walk
 from qnb.model.recipe import FROM_CHECKPOINT, Recipe
 from qnb.model.select import OUTPUT_EMBEDDING, Site, check_model, choose, find_sites
-from qnb.model.swap import Follow, FollowBlock, Keep, LetGo, Place, Step, Stow, Switch, land
+from qnb.model.stacks import move_steps, place_steps
+from qnb.model.swap import Follow, Keep, Place, Step, Stow, Switch, land
 from qnb.model.variants import Order, calibration_of, check_how, depends_on_inputs, make, refusal
 from qnb.progress import progress_bar
 from qnb.results import Cell, Result, Table, format_bytes, one_line
@@ -138,13 +137,13 @@ def quantize(
         keeper = Keeper(model) if keep == "disk" else None
         calibrated = own is not None and any(depends_on_inputs(o.scheme, o.how, own.given) for o in orders)
         forth = [order.site for order in orders]
-        moved = _move_experts(sites, forth, back, keep)
+        moved = move_steps(sites, forth, back, keep)
         changes = [*map(_back, back)]
         with progress_bar(len(orders), what, progress) as bar:
             changes += [_forth(site, made, keep, keeper) for site, made in make(model, orders, sites, own, bar.update)]
         changed = sum(bool(change) for change in changes)
         steps = [step for change in changes for step in change]
-        return [*moved, *steps, *_stack_steps(sites, forth, back, keep)]
+        return [*moved, *steps, *place_steps(sites, forth, back, keep)]
 
     landed = land(model, plan)
     if isinstance(scheme, Recipe):
@@ -229,8 +228,8 @@ def restore(model: nn.Module) -> Report:
         if not sites:
             raise NotQuantized("the model holds no quantized layer, so there is nothing to restore: quantize it first")
         count = len(sites)
-        steps = [*_move_experts(every, [], sites, "memory"), *(step for site in sites for step in _back(site))]
-        return [*steps, *_stack_steps(every, [], sites, "memory")]
+        steps = [*move_steps(every, [], sites, "memory"), *(step for site in sites for step in _back(site))]
+        return [*steps, *place_steps(every, [], sites, "memory")]
 
     landed = land(model, plan)
     return _report(model, _when(f"{_count(count)} restored: the same modules as before{remark}", landed), {})
@@ -282,77 +281,6 @@ def _back(site: Site) -> list[Step]:
         layer.mapped.verify(f"putting back {site.name}")
         steps.append(Stow(original, original.weight.data, layer.mapped.in_memory()))
     return [*steps, Follow(layer, original), *(Place(parent, child, layer, original) for parent, child in site.places)]
-
-
-def _quantized_then(sites: Sequence[Site], forth: Sequence[Site], back: Sequence[Site]) -> set[int]:
-    """Ids of the sites that are quantized once these have gone forth and back."""
-    quantized = {id(site) for site in sites if isinstance(site.module, QLayer)}
-    return (quantized | {id(site) for site in forth}) - {id(site) for site in back}
-
-
-# A block of experts, one of its 3-D parameters, the sites of that one's matrices, and where it is to lie.
-Moving = tuple[nn.Module, str, list[Site], torch.device]
-
-
-def experts_that_move(sites: Sequence[Site], forth: Sequence[Site], back: Sequence[Site], keep: str) -> list[Moving]:
-    """Which 3-D parameters of experts are to lie elsewhere.
-
-    One leaves its GPU for the host once all of its matrices are quantized, else it comes back; one that something else
-    uses as well stays where it is.
-    """
-    touched = {id(site.stack) for site in (*forth, *back) if site.stack is not None}
-    matrices: dict[tuple[int, str], list[Site]] = {}
-    for site in sites:
-        if site.stack is not None and site.stack.layers.block is not None:
-            matrices.setdefault((id(site.stack), site.name.rpartition(".")[2]), []).append(site)
-    users = Counter(id(together[0].stack.layers.block._parameters[name]) for (_, name), together in matrices.items())
-    quantized, found = _quantized_then(sites, forth, back) if touched else set(), []
-    for (stack, name), together in matrices.items():
-        layers = together[0].stack.layers
-        parameter = layers.block._parameters[name]
-        leaves = all(id(site) in quantized for site in together)
-        device = torch.device("cpu") if leaves else layers.device
-        if stack in touched and parameter.device != device and (keep == "memory" or not leaves):
-            if users[id(parameter)] == 1 and _are_pieces(together, parameter):
-                found.append((layers.block, name, together, device))
-    return found
-
-
-def _are_pieces(matrices: Sequence[Site], parameter: Tensor) -> bool:
-    """Whether the experts' weights lie in the parameter: not where a change of type gave them memory of their own."""
-    if parameter.is_meta:
-        return False
-    pairs = zip(matrices, parameter.detach().unbind(), strict=True)
-    return all(site.weight is not None and site.weight.data_ptr() == piece.data_ptr() for site, piece in pairs)
-
-
-def _move_experts(sites: Sequence[Site], forth: Sequence[Site], back: Sequence[Site], keep: str) -> list[Step]:
-    """Each expert's original is a piece of the parameter, and stays one: to train one of the two is to train both."""
-    steps = []
-    for block, name, matrices, device in experts_that_move(sites, forth, back, keep):
-        here = block._parameters[name].data
-        there = here.to(device)
-        steps.append(Stow(block, here, there, name))
-        for site, piece in zip(matrices, there.unbind(), strict=True):
-            steps.append(Stow(site.source, site.source.weight.data, piece))
-    return steps
-
-
-def _stack_steps(sites: Sequence[Site], forth: Sequence[Site], back: Sequence[Site], keep: str) -> list[Step]:
-    """Blocks of experts make room for their linear layers where one of these is quantized, else come back."""
-    stacks = {id(site.stack): site.stack for site in sites if site.stack is not None}
-    quantized = _quantized_then(sites, forth, back) if stacks else set()
-    needed = {id(site.stack) for site in sites if site.stack is not None and id(site) in quantized}
-    steps: list[Step] = []
-    for stack in stacks.values():
-        layers, block = stack.layers, stack.layers.block
-        if id(stack) in needed and not stack.installed:
-            steps += [Place(parent, child, block, layers) for parent, child in stack.places]
-        elif id(stack) not in needed and stack.installed:
-            steps += [FollowBlock(layers), *(Place(parent, child, layers, block) for parent, child in stack.places)]
-        if keep == "none" and any(site.stack is stack for site in forth):
-            steps.append(LetGo(layers, block))
-    return steps
 
 
 def _report(model: nn.Module, title: str, reasons: dict[str, str | None]) -> Report:
