@@ -160,9 +160,14 @@ class QLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}, kernel={self.kernel}"
 
-    def _original_forward(self, input: Tensor, laid_out: Tensor | None = None) -> Tensor:
-        """The original's, where and in the type in which the model computes; of its weight as `laid_out`, if given."""
+    def _original_forward(self, input: Tensor, as_it_lay: bool = False) -> Tensor:
+        """The original's, where and in the type in which the model computes; of a weight on disk laid out as before.
+
+        That is for products, whose last bits depend on it; a lookup does without `as_it_lay`.
+        """
+        # First of all: it says where the file was changed that is read next.
         original = self.require_original("the original pass")
+        laid_out = self.mapped.as_it_lay(input.device) if as_it_lay and self.on_disk else None
         weight = original.weight if laid_out is None else laid_out
         if (weight.device, weight.dtype) != (input.device, self.dtype):
             weight = weight.to(input.device, self.dtype)
@@ -240,8 +245,7 @@ class QLinear(QLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if _pass.original:
-            laid_out = self.mapped.as_it_lay(input.device) if self.on_disk else None
-            return self._original_forward(input, laid_out)
+            return self._original_forward(input, as_it_lay=True)
         variant = self.variant
         if input.is_cuda:
             self._stay_for_graph(variant)
